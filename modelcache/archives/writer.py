@@ -1,0 +1,206 @@
+"""Writes the members of one archive below a folder, and nothing anywhere else.
+
+Covers creation, modes, clashes of names, links, and asking for room before each write. Does not cover reading
+the archive (``tar``, ``zip``), the rules for names (``names``) and for links (``tree``), nor syncing and
+publishing, which is the disk tier's.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from modelcache.archives.job import BLOCK, CHUNK, Job, rounded
+from modelcache.archives.names import split
+from modelcache.archives.tree import Node
+
+_UNSTORABLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+_NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Writer:
+    """Puts members into an empty folder that nobody else writes to.
+
+    Every path on the way is a folder made here, never a link: symbolic links come last, in :meth:`finish`.
+    Concurrency: one thread, one archive. After any error the folder holds junk, and is to be deleted.
+
+    Args:
+        target: the folder.
+        job: for limits and errors.
+        grow: called with the bytes of disk about to be used, negative for bytes given back.
+        mode: mode of folders; files get its read and write bits, and its execute bits where they are programs.
+    """
+
+    def __init__(self, target: Path, job: Job, grow: Callable[[int], None], mode: int) -> None:
+        self._target = os.fspath(target)
+        self._job = job
+        self._grow = grow
+        self._mode = mode | 0o700  # we must be able to fill it and to delete it
+        self._root = Node(parent=None, folder=True, charged=BLOCK)
+        self._links: dict[Node, str] = {}
+        self._members = 0
+
+    def folder(self, name: str) -> None:
+        """Make a folder, with those above it; nothing where it is there already."""
+        before = self._members
+        self._folder(split(name, self._job), name)
+        if self._members == before:
+            self._count(name)
+
+    def file(self, name: str, *, program: bool = False) -> AbstractContextManager[Callable[[bytes], None]]:
+        """Make a file; the context is a function that appends bytes to it. A file or link of that name goes."""
+        self._count(name)
+        node, path = self._leaf(name)
+        return self._create(node, path, program=program)
+
+    def symlink(self, name: str, goal: str) -> None:
+        """Note a symbolic link; it is checked and made in :meth:`finish`."""
+        self._count(name)
+        with self._storing(name):
+            size = len(os.fsencode(goal))
+        if not goal or goal.startswith("/") or "\0" in goal or size > self._job.limits.path:
+            raise self._job.unsafe("a symbolic link whose goal is absolute, empty or too long", name)
+        node, path = self._leaf(name)
+        node.goal = goal
+        self._links[node] = path
+
+    def hardlink(self, name: str, earlier: str) -> None:
+        """Give a file that is already there a second name."""
+        self._count(name)
+        parts = split(earlier, self._job, name)
+        old = self._find(parts)
+        if old is None or old.folder or old.goal is not None:
+            raise self._job.unsafe("a hard link to something that is no earlier file of this archive", name)
+        if self._find(split(name, self._job)) is old:
+            return
+        source = f"{self._target}/{'/'.join(parts)}"
+        node, path = self._leaf(name)
+        node.charged = old.charged  # what is given back once its last name goes
+        try:
+            with self._storing(name):
+                os.link(source, path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._copy(source, path, node)
+
+    def finish(self) -> None:
+        """Check all symbolic links, then make them.
+
+        Raises:
+            UnsafeArtifact: one leads outside the folder, or in a circle.
+            ArtifactCorrupt: one leads to nothing.
+        """
+        for node in self._links:
+            node.resolve(self._job)
+        for node, path in self._links.items():
+            self._grow(BLOCK)
+            with self._storing(node.member):
+                os.symlink(node.goal or "", path)
+
+    @contextlib.contextmanager
+    def _create(self, node: Node, path: str, *, program: bool) -> Iterator[Callable[[bytes], None]]:
+        with self._storing(node.member):
+            handle = os.open(path, _NEW, 0o600)
+        with open(handle, "wb", buffering=0) as file:
+            os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
+            size = 0
+
+            def write(data: bytes) -> None:
+                nonlocal size
+                size += len(data)
+                if size > node.charged:
+                    more = rounded(size) - node.charged
+                    self._grow(more)
+                    node.charged += more
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+
+            yield write
+
+    def _count(self, member: str) -> None:
+        self._members += 1
+        if self._members > self._job.limits.members:
+            raise self._job.unsafe(f"more than {self._job.limits.members} members", member)
+
+    def _find(self, parts: tuple[str, ...]) -> Node | None:
+        here: Node | None = self._root
+        for part in parts:
+            here = here and here.kids.get(part)
+        return here
+
+    def _folder(self, parts: tuple[str, ...], member: str) -> Node:
+        here, path = self._root, self._target
+        for part in parts:
+            path = f"{path}/{part}"
+            kid = here.kids.get(part)
+            if kid is None:
+                self._count(member)
+                kid = self._add(here, part, Node(parent=here, member=member, folder=True, charged=BLOCK))
+                self._grow(BLOCK)
+                with self._storing(member):
+                    os.mkdir(path, 0o700)
+                os.chmod(path, self._mode)  # whatever the umask, and the archive's own mode
+            elif kid.goal is not None:
+                raise self._job.unsafe("a member below a symbolic link, or a folder of the same name", member)
+            elif not kid.folder:
+                raise self._job.corrupt("a file and a folder of one name", member)
+            here = kid
+        return here
+
+    def _leaf(self, name: str) -> tuple[Node, str]:
+        """Return the new node and the path of a file or link; an earlier one of that name is removed."""
+        parts = split(name, self._job)
+        if not parts:
+            raise self._job.unsafe("a file or link in place of the whole folder", name)
+        parent = self._folder(parts[:-1], name)
+        if (old := parent.kids.get(parts[-1])) is not None:
+            self._remove(old, parts, name)
+        node = self._add(parent, parts[-1], Node(parent=parent, member=name))
+        return node, f"{self._target}/{'/'.join(parts)}"
+
+    def _add(self, parent: Node, part: str, node: Node) -> Node:
+        if part not in parent.kids:
+            parent.names += 2 * (len(os.fsencode(part)) + 16)  # a folder of many names is itself big
+            if parent.names > parent.charged:
+                self._grow(BLOCK)
+                parent.charged += BLOCK
+        parent.kids[part] = node
+        return node
+
+    def _remove(self, node: Node, parts: tuple[str, ...], member: str) -> None:
+        if node.folder:
+            raise self._job.corrupt("a file and a folder of one name", member)
+        if self._links.pop(node, None) is not None:
+            return
+        path = f"{self._target}/{'/'.join(parts)}"
+        last = os.lstat(path).st_nlink == 1
+        os.unlink(path)
+        if last and node.charged:
+            self._grow(-node.charged)
+
+    def _copy(self, source: str, path: str, node: Node) -> None:
+        """Copy a file: for file systems without hard links, or with too many of them."""
+        node.charged = 0
+        program = bool(os.lstat(source).st_mode & 0o100)
+        with open(source, "rb") as old, self._create(node, path, program=program) as write:
+            while data := old.read(CHUNK):
+                self._job.count(len(data), node.member)
+                write(data)
+
+    @contextlib.contextmanager
+    def _storing(self, member: str) -> Iterator[None]:
+        """Turn what the file system has against a *name* into our errors; a full or broken disk stays OSError."""
+        try:
+            yield
+        except FileExistsError as error:
+            what = "a name that differs from another's only in case or accents, which this file system takes for one"
+            raise self._job.unsafe(what, member) from error
+        except (OSError, UnicodeEncodeError) as error:
+            if isinstance(error, OSError) and error.errno not in _UNSTORABLE:
+                raise
+            raise self._job.unsafe("a name that this file system can't store", member) from error

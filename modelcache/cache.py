@@ -1,0 +1,334 @@
+"""``ModelCache``: the story of a lookup, and the only module that knows all parts.
+
+A warm hit is a dict lookup and a note of use; it takes no lock (``memory.entries``). A miss joins or starts a
+flight (``flights``), which a thread of the cache's own runs (``workers``, ``loading``): find the artifact on disk
+(``disk.shelf``) or fetch it (``sources``, ``fetch``, ``archives``), make room in memory (``memory.room``), load, land.
+Decisions are made under one lock (``guard``) and acted on outside it; events (``events``, ``telling``, ``hooks``)
+say what was done and why.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from threading import get_ident
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, overload
+
+from modelcache.disk.tier import DiskTier
+from modelcache.errors import CacheClosed, ConfigError, ModelCacheError, Timeout
+from modelcache.events import Event, Missed, Reason
+from modelcache.flights import Cancelled, Flight
+from modelcache.ids import validate_id
+from modelcache.machinery import Machinery
+from modelcache.memory.entries import DEFAULT, GONE, Entry, Lease
+from modelcache.memory.tier import MemoryTier
+from modelcache.prefetching import Prefetch
+from modelcache.reports import ModelInfo, Stats
+from modelcache.sources import Source
+from modelcache.units import parse_seconds
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Event)
+
+
+class ModelCache(Generic[T]):
+    """Models by id: fetched from a source to disk, loaded from disk to memory, dropped when room runs short.
+
+    Args:
+        source: an ``s3://`` or ``file://`` URL, a plain folder, or a ``sources.Source``.
+        load: makes a model of an artifact: ``load(path)``, or ``load(path, model)`` where it requires a second
+            argument. ``path`` is the unpacked folder, or the file itself for a single-file artifact. It runs on
+            a thread of the cache, never twice at once for one model.
+        disk: the disk tier. None: a folder in the user's cache folder, bounded by ``min_free`` only.
+        memory: the memory tier. None: ``MemoryTier()``.
+        unload: called with each model exactly once, when it leaves memory for whatever reason, after its last
+            lease, on the thread that released or evicted it. It can't know of callers of ``get``: use ``lease``.
+        size_of: ``size_of(model, path)`` returns the bytes a model will take in memory, before its first load.
+            None: the bytes of its artifact.
+        loaders: most fetches and loads under way at once.
+        timeout: seconds that a lookup waits; None: for ever. The fetch and the load go on when it ends.
+        retry_after: seconds for which a failed fetch or load answers before it is tried again.
+
+    Raises:
+        ConfigError: a setting can't work.
+        AccessDenied: the disk folder can't be used.
+
+    Concurrency: every method may be called from any thread. Callbacks, ``load``, ``unload`` and ``size_of`` run
+    outside all locks and may call the cache. After a fork the child goes on with the models that were loaded,
+    with threads of its own. Close it when done: ``with ModelCache(...) as cache`` or ``close()``.
+
+    Attributes:
+        memory: the memory tier; assign to its settings to retune it.
+        disk: the disk tier; likewise.
+    """
+
+    def __init__(  # noqa: PLR0913 - the public contract
+        self,
+        source: str | os.PathLike[str] | Source,
+        load: Callable[[Path], T] | Callable[[Path, str], T],
+        *,
+        disk: DiskTier | None = None,
+        memory: MemoryTier | None = None,
+        unload: Callable[[T], object] | None = None,
+        size_of: Callable[[str, Path], int] | None = None,
+        loaders: int = 4,
+        timeout: float | None = 60.0,
+        retry_after: float = 5.0,
+    ) -> None:
+        self._timeout = None if timeout is None else parse_seconds(timeout, "timeout", zero=True)
+        self._parts: Machinery[T] = Machinery(
+            source, load, disk, memory, unload, size_of, loaders, retry_after, self._lookup
+        )
+        self._desk = self._parts.residents
+        self.memory: MemoryTier = self._parts.memory
+        self.disk: DiskTier = self._parts.disk
+
+    def get(self, model: str, *, timeout: float | None = DEFAULT) -> T:
+        """Return a model, fetched and loaded where it is not in memory.
+
+        It is not pinned: the caller's reference keeps the object alive, but the cache may unload it meanwhile.
+
+        Args:
+            model: its id.
+            timeout: seconds to wait in place of the cache's own; None: for ever.
+
+        Raises:
+            InvalidModelId, ModelNotFound, SourceUnavailable, AccessDenied, ArtifactChanged, ArtifactCorrupt,
+            UnsafeArtifact, TooLarge, NoRoom, LoadFailed, CacheClosed, Timeout: see ``errors``.
+        """
+        desk = self._desk
+        try:
+            entry = desk.resident.get(model)
+        except TypeError:  # not hashable: the lookup says what an id is
+            entry = None
+        if entry is not None and (value := entry.value) is not GONE:
+            desk.uses.append(entry)
+            if desk.watched:
+                desk.hit(entry, leased=False)
+            return value
+        self._parts.warn_of_get()
+        with Lease(desk, model, timeout) as value:
+            return value
+
+    def lease(self, model: str, *, timeout: float | None = DEFAULT) -> Lease[T]:
+        """Return a one-shot lease on a model: acquired by ``with``, or by ``acquire()``.
+
+        While it is held the model is neither evicted nor unloaded.
+
+        Args:
+            model: its id.
+            timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
+        """
+        return Lease(self._desk, model, timeout)
+
+    def _lookup(self, lease: Lease[T]) -> T:
+        """Acquire a lease whose model was not found by the warm path."""
+        model = validate_id(lease.model)
+        timeout = self._timeout if lease.timeout is DEFAULT else lease.timeout
+        if timeout is not None:
+            timeout = parse_seconds(timeout, "timeout", zero=True)
+        self._parts.settle()
+        self._parts.refuse_reentry(model)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            flight, new = self._board(model, lease)
+            if flight is not None:
+                try:
+                    self._start(flight, new=new)
+                    arrived = self._await(flight, deadline)
+                finally:
+                    self._disembark(flight, lease)
+                if lease.entry is None:
+                    if arrived and isinstance(flight.error, Cancelled):
+                        continue
+                    raise self._outcome(flight, timeout)
+            self._parts.teller.pass_on()
+            assert lease.entry is not None  # noqa: S101 - boarding or landing held it
+            return lease.entry.value
+
+    def _board(self, model: str, lease: Lease[T]) -> tuple[Flight[T] | None, bool]:
+        """Hold the model if it is in memory after all, else wait for its flight; one decision under the guard."""
+        parts = self._parts
+        with parts.guard:
+            self._check_open(model)
+            entry = self._desk.resident.get(model) or self._desk.rescue(model)
+            if entry is not None:
+                lease.hold(entry, get_ident())
+                self._desk.uses.append(entry)
+                return None, False
+            self._desk.missed(model)
+            event = self._missed(model)
+            failure = parts.flights.failure(model)
+            flight, new = None, False
+            if failure is None:
+                asker = parts.flights.running()
+                flight, new = parts.flights.start(model, Reason.REQUEST, to_memory=True, parent=asker)
+                if asker is not None:
+                    failure = parts.flights.circle(flight, asker)
+                if failure is None:
+                    flight.waiters[lease] = get_ident()
+                    if asker is not None:
+                        asker.blocked_on.add(flight)
+        parts.teller.tell([event])
+        if failure is not None:
+            raise failure
+        return flight, new
+
+    def _start(self, flight: Flight[T], *, new: bool) -> None:
+        """See to it that some thread runs the flight: this one, where its own loader asks for a part."""
+        parts = self._parts
+        if parts.flights.running() is not None:
+            parts.loader.run(flight)
+        elif new or not flight.claimed:
+            parts.give_to_worker(flight, urgent=True)
+
+    @staticmethod
+    def _await(flight: Flight[T], deadline: float | None) -> bool:
+        return flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+
+    def _disembark(self, flight: Flight[T], lease: Lease[T]) -> None:
+        """Stop waiting, whatever happened."""
+        parts = self._parts
+        with parts.guard:
+            flight.waiters.pop(lease, None)
+            asker = parts.flights.running()
+            if asker is not None:
+                asker.blocked_on.discard(flight)
+            parts.guard.notify()
+
+    def _outcome(self, flight: Flight[T], timeout: float | None) -> ModelCacheError:
+        """Return the error for a caller that leaves without its model."""
+        if flight.error is not None:
+            return flight.error.fresh()
+        if flight.refusal is not None and flight.state == "waiting for room":
+            return flight.refusal.fresh()
+        return Timeout(
+            f"model {ascii(flight.model)} was not there after {timeout} s: it is {flight.state}, which goes on; "
+            "ask again, raise timeout=, or prefetch it",
+            model=flight.model,
+            timeout=timeout,
+            state=flight.state,
+        )
+
+    def _missed(self, model: str) -> Missed:
+        tier = "disk" if model in self._parts.shelf.items() else "source"
+        return Missed(
+            seq=self._parts.teller.number(), time=time.time(), model=model, tier=tier, reason=Reason.REQUEST
+        )
+
+    def _check_open(self, model: str | None = None) -> None:
+        if self._parts.closed:
+            raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
+
+    def prefetch(self, models: Iterable[str], tier: Literal["memory", "disk"] = "memory") -> Prefetch:
+        """Bring models in before anybody asks for them; return at once.
+
+        Args:
+            models: their ids.
+            tier: how far: ``"memory"``, or ``"disk"`` only.
+
+        Raises:
+            InvalidModelId, ConfigError, CacheClosed: nothing was begun. What fails later is in the handle's ``errors``.
+        """
+        if isinstance(models, str | bytes):
+            raise ConfigError(f"prefetch takes a list of ids, not {models!r}", setting="models", value=models)
+        if tier not in {"memory", "disk"}:
+            raise ConfigError(f"tier={tier!r} must be 'memory' or 'disk'", setting="tier", value=tier)
+        wanted = list(dict.fromkeys(validate_id(model) for model in models))
+        self._parts.settle()
+        self._check_open()
+        handle = Prefetch(wanted, self._parts.drop_prefetch)
+        for model in wanted:
+            self._parts.prefetch(model, handle, to_memory=tier == "memory")
+        return handle
+
+    def unload(self, model: str) -> bool:
+        """Drop a model from memory, with its last lease where it is leased; its artifact stays on disk.
+
+        Returns:
+            Whether it is gone from memory; True for one that was not there. A lookup before the last lease
+            ends takes the model back, and it stays.
+        """
+        return self._parts.drop(validate_id(model), Reason.UNLOAD)
+
+    def delete(self, model: str) -> bool:
+        """Drop a model from memory and from disk, with its last lease where it is leased.
+
+        Returns:
+            Whether it is gone from both; True for one that was not there.
+        """
+        return self._parts.drop(validate_id(model), Reason.DELETE)
+
+    def models(self) -> list[ModelInfo]:
+        """Return a row for each model in a tier, sorted by id; looking is no use of a model."""
+        return self._parts.models()
+
+    def stats(self) -> Stats:
+        """Return the cache's figures up to this moment."""
+        return self._parts.stats()
+
+    def history(self, model: str | None = None) -> list[Event]:
+        """Return the last 1,000 events, oldest first; only those about ``model`` where it is given.
+
+        ``Hit`` is among them only while somebody listens for it.
+        """
+        if model is not None:
+            validate_id(model)
+        return [event for event in list(self._parts.teller.recent) if model in {None, event.model, event.for_model}]
+
+    @overload
+    def on(self, event: type[E], *, background: bool = False) -> Callable[[Callable[[E], Any]], Callable[[E], Any]]: ...
+    @overload
+    def on(
+        self, event: type[E], callback: Callable[[E], Any], *, background: bool = False
+    ) -> Callable[[E], Any]: ...
+    def on(self, event: type[E], callback: Callable[[E], Any] | None = None, *, background: bool = False) -> Any:
+        """Call ``callback`` with each event of a type; without a callback, be a decorator.
+
+        Args:
+            event: an event class; ``Event`` hears all.
+            callback: takes the event. It runs outside all locks, on the thread that caused the event, so
+                callbacks may overlap; one that raises is logged and counted, and breaks nothing.
+            background: deliver in order on a thread of its own instead; if its queue is full, events are
+                dropped and counted.
+        """
+        if callback is None:
+            return functools.partial(self.on, event, background=background)
+        self._parts.hooks.on(event, callback, background=background)
+        self._parts.watch_hits()
+        return callback
+
+    def off(self, callback: Callable[..., Any]) -> bool:
+        """Stop calling ``callback`` for every type it was registered for; return whether it was."""
+        known = self._parts.hooks.off(callback)
+        self._parts.watch_hits()
+        return known
+
+    def close(self, *, timeout: float | None = 30.0) -> bool:
+        """Let running requests finish, unload everything, end all threads; new requests get ``CacheClosed``.
+
+        What was fetched stays on disk. A lease that is still held unloads its model when it is released.
+
+        Args:
+            timeout: seconds to wait for running fetches and loads; None: for ever.
+
+        Returns:
+            Whether all is gone. May be called again, from any thread, and from a signal handler.
+        """
+        return self._parts.close(None if timeout is None else parse_seconds(timeout, "timeout", zero=True))
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Say what it serves, from where."""
+        return f"<ModelCache of {self._parts.source.url}, {len(self._desk.resident)} models in memory>"

@@ -1,0 +1,161 @@
+"""The memory limit that the kernel holds this process to: cgroup v1, v2 and both at once.
+
+How much is in use is told by ``gauges``. Nothing here raises: what is missing, forbidden or garbled counts as no
+limit. All paths are below one root folder, so that a test, or a sidecar, can point at a copied tree.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import attrs
+
+_FILES = {
+    "v1": ("memory.limit_in_bytes",),
+    "v2": ("memory.max", "memory.high"),  # above high the kernel stalls the process: as good as a limit
+}
+_USUAL = (("v1", "sys/fs/cgroup/memory"), ("v2", "sys/fs/cgroup"), ("v2", "sys/fs/cgroup/unified"))
+_MOST_BYTES = 1 << 20
+_MOST_FOLDERS = 4_096
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@attrs.frozen
+class Limit:
+    """A limit and where it was found.
+
+    Attributes:
+        bytes: above 0.
+        source: path of the file that says so.
+    """
+
+    bytes: int
+    source: str
+
+
+@attrs.frozen
+class _Mount:
+    kind: str  # "v1" or "v2"
+    top: str  # path, within the hierarchy, of the group that is mounted
+    folder: Path
+    usual: bool
+
+
+def find_folders(root: Path, memberships: str) -> tuple[tuple[str, Path], ...]:
+    """Return the cgroup folders that may hold a limit for this process, innermost first, with their kind.
+
+    Looks below each mount (those of ``/proc/self/mountinfo``, and those that are usual) for the group in
+    ``memberships``, and upwards from there to the mount's own top, which is an ancestor in any case: in a
+    container the group's path is often the host's, and does not exist there. Some folders may not exist.
+
+    Args:
+        root: ``/``, or a copied tree.
+        memberships: text of ``/proc/self/cgroup``; may be empty or garbled.
+    """
+    paths = _memberships(memberships)
+    folders: dict[tuple[str, Path], None] = {}
+    for mount in _mounts(root):
+        for folder in _chain(mount, paths.get(mount.kind, "/")):
+            folders[mount.kind, folder] = None
+    return tuple(folders)
+
+
+def read_limit(folders: tuple[tuple[str, Path], ...]) -> Limit | None:
+    """Return the smallest limit that is set in these folders, the innermost among equals; None: none is."""
+    best: Limit | None = None
+    for kind, folder in folders:
+        found = [Limit(size, str(folder / name)) for name in _FILES[kind] if (size := _size(read_text(folder / name)))]
+        if kind == "v1" and (size := _hierarchical(read_text(folder / "memory.stat"))):
+            found.append(Limit(size, str(folder / "memory.stat")))  # knows of ancestors outside the mount
+        for limit in found:
+            if best is None or limit.bytes < best.bytes:
+                best = limit
+    return best
+
+
+def read_text(path: Path) -> str:
+    """Return what a small file says; empty where it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return os.fsdecode(file.read(_MOST_BYTES))
+    except (OSError, ValueError):
+        return ""
+
+
+def _size(text: str) -> int | None:
+    """Return a size above 0; None for ``max``, nonsense and nothing."""
+    text = text.strip()
+    return (int(text) or None) if text.isascii() and text.isdigit() and len(text) < 20 else None  # noqa: PLR2004
+
+
+def _hierarchical(text: str) -> int | None:
+    match = re.search(r"^hierarchical_memory_limit (\d+)$", text, re.MULTILINE | re.ASCII)
+    return _size(match[1]) if match else None
+
+
+def _memberships(text: str) -> dict[str, str]:
+    paths: dict[str, str] = {}
+    for line in text.split("\n"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if "memory" in controllers.split(","):
+            paths["v1"] = path
+        elif number == "0" and not controllers:
+            paths["v2"] = path
+    return paths
+
+
+def _mounts(root: Path) -> list[_Mount]:
+    usual = {root / folder: kind for kind, folder in _USUAL}
+    mounts: dict[Path, _Mount] = {}
+    for line in read_text(root / "proc/self/mountinfo").split("\n"):
+        before, _, after = line.partition(" - ")
+        fields, more = before.split(" "), after.split(" ")
+        if len(fields) < 5 or len(more) < 3:  # noqa: PLR2004 - fields of proc(5)
+            continue
+        if more[0] == "cgroup2" or (more[0] == "cgroup" and "memory" in more[2].split(",")):
+            kind = "v2" if more[0] == "cgroup2" else "v1"
+            folder = root / _unescape(fields[4]).lstrip("/")
+            mounts[folder] = _Mount(kind, _unescape(fields[3]), folder, usual=folder in usual)
+    for folder, kind in usual.items():
+        mounts.setdefault(folder, _Mount(kind, "/", folder, usual=True))
+    return list(mounts.values())
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def _chain(mount: _Mount, path: str) -> Iterator[Path]:
+    """Return the folders of the process's groups below one mount, innermost first; some may not exist."""
+    place, top = PurePosixPath(path), PurePosixPath(mount.top)
+    if ".." in place.parts:  # outside our cgroup namespace: only the mount's top is surely an ancestor
+        leaf = mount.folder
+    elif place.is_relative_to(top):
+        leaf = mount.folder / place.relative_to(top)
+    elif ".." in top.parts:
+        leaf = _search(mount, str(place).lstrip("/"))
+    elif mount.usual:
+        leaf = mount.folder / str(place).lstrip("/")
+    else:  # somebody else's group, mounted here for whatever reason
+        return
+    while leaf != mount.folder:
+        yield leaf
+        leaf = leaf.parent
+    yield mount.folder
+
+
+def _search(mount: _Mount, below: str) -> Path:
+    """Find ourselves below a mount that was made outside our cgroup namespace, by our pid.
+
+    Its top reads ``/../..``: our namespace starts two levels below it, under names that nobody tells.
+    """
+    wild = "/".join("*" for part in PurePosixPath(mount.top).parts if part == "..") + "/"
+    with contextlib.suppress(OSError):
+        for folder in itertools.islice(mount.folder.glob(wild), _MOST_FOLDERS):
+            if str(os.getpid()) in read_text(folder / below / "cgroup.procs").split():
+                return folder / below
+    return mount.folder

@@ -1,0 +1,97 @@
+"""Names and records of the disk tier: how a model id becomes a folder, and what each folder says of itself.
+
+::
+
+    <path>/modelcache.json                         {"format": 1}
+    <path>/models/<readable>-<hash>.<generation>/  one published artifact, whole or not there
+        record.json                                what it is (``Record``)
+        artifact/                                  what the loader gets, or the single file in it
+    <path>/tmp/<process>/                          what one live process stages or removes
+
+A generation is never changed once it is published: a new version is a new folder. Reading and writing
+these is ``disk.store``; which of them may stay is ``disk.tier``.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+FORMAT = 1
+"""Version of this layout; a folder with a newer one is refused, an older one is fetched again."""
+
+RECORD = "record.json"
+ARTIFACT = "artifact"
+BLOCK = 4096
+"""Bytes by which folders and files are charged before the file system has told what it allocated."""
+
+_UNREADABLE = re.compile(r"[^a-z0-9._]+")
+
+
+@attrs.frozen
+class Record:
+    """What is known of one published artifact; stored beside it.
+
+    Attributes:
+        model: its id.
+        source: URL of the source it came from.
+        version: the source's version of it.
+        single: name of the single file under ``artifact/``; None where the folder itself is the artifact.
+        size: bytes of its files as they read (not as allocated).
+        fetched: seconds since the epoch at which it was published.
+        fetch_seconds: how long fetch and unpacking took.
+    """
+
+    model: str
+    source: str
+    version: str
+    single: str | None
+    size: int
+    fetched: float
+    fetch_seconds: float
+
+    def to_json(self) -> str:
+        """Return the text of ``record.json``."""
+        return json.dumps({"format": FORMAT, **attrs.asdict(self)}, ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record | None":
+        """Return the record in ``text``; None where it is damaged, or of another format."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            if fields.pop("format") != FORMAT:
+                return None
+            record = cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return record if _well_typed(record) else None
+
+    def path(self, folder: Path) -> Path:
+        """Return what the loader gets, for a record that lies in ``folder``."""
+        return folder / ARTIFACT if self.single is None else folder / ARTIFACT / self.single
+
+
+def _well_typed(record: Record) -> bool:
+    texts = (record.model, record.source, record.version, "" if record.single is None else record.single)
+    numbers = (record.size, record.fetched, record.fetch_seconds)
+    plain = record.single is None or record.single == Path(record.single).name
+    return plain and all(isinstance(text, str) for text in texts) and all(isinstance(n, int | float) for n in numbers)
+
+
+def folder_prefix(source: str, model: str) -> str:
+    """Return how every generation of one model's folder begins, ``.`` included.
+
+    Readable, and injective whatever the file system does with case and Unicode: 128 bits of SHA-256 over
+    source and id tell apart what the readable part does not.
+    """
+    digest = hashlib.sha256(f"{source}\0{model}".encode()).hexdigest()[:32]
+    readable = _UNREADABLE.sub("_", model.lower())[-40:].strip("._") or "model"
+    return f"{readable}-{digest}."
+
+
+def charged(size: int) -> int:
+    """Return the bytes a file of ``size`` bytes is charged before it is measured: whole blocks."""
+    return -(-size // BLOCK) * BLOCK

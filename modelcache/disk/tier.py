@@ -1,0 +1,149 @@
+"""``DiskTier``: the settings of the disk tier, and its folder, opened and swept.
+
+What those settings decide, and when, is ``disk.shelf``; the files themselves are ``disk.store``.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from modelcache.disk.store import Store
+from modelcache.errors import ConfigError
+from modelcache.policies import Policy, make_policy
+from modelcache.units import Percent, Size, parse_size
+
+
+class DiskTier:
+    """A folder with fetched artifacts, bounded in bytes; all processes of a host may share it.
+
+    The constructor makes the folder where it is missing, checks that it can be used safely, and sweeps what
+    dead processes left. An artifact is code (a pickle runs what it likes), so what is made here is private to
+    its user unless ``mode`` says otherwise.
+
+    Args:
+        path: the folder, on a local file system; made absolute at once. None: one for each source in the
+            user's cache folder, decided by the cache.
+        budget: most bytes, as the file system allocates them, that artifacts, downloads and unpacking under
+            way may take, at every moment: an int, ``"20 GiB"``, or ``"50%"`` of the file system. None:
+            bounded by ``min_free`` only.
+        min_free: bytes that a fetch must leave free on the file system, for others: an int, a string with a
+            unit, or a percentage of the file system. 0 switches the guard off.
+        policy: ``"lru"``, ``"lfu"``, ``"fifo"``, or a ``policies.Policy``. It is told of memory misses only.
+        mode: permissions of the folders made here; files get the same without the execute bits.
+
+    Raises:
+        ConfigError: a setting can't work, or the folder can't be one.
+        AccessDenied: the folder can't be read or written, or what lies in it belongs to somebody else.
+
+    Concurrency: settings may be read and assigned from any thread. An assignment returns once all that must
+    go, and may, is gone. A tier serves one cache.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        budget: int | str | None = None,
+        min_free: int | str = "1 GiB",
+        policy: str | Policy = "lru",
+        mode: int = 0o700,
+    ) -> None:
+        self._budget = _parse_budget(budget)
+        self._min_free = parse_size(min_free, "min_free", zero=True)
+        self.policy = make_policy(policy, "policy")
+        if not isinstance(mode, int) or isinstance(mode, bool) or mode & ~0o777 or mode & 0o700 != 0o700:  # noqa: PLR2004 - permission bits
+            raise ConfigError(
+                f"mode={mode!r} must be permission bits that give the owner all, like 0o700 or 0o770",
+                setting="mode",
+                value=mode,
+            )
+        self._mode = mode
+        self._store: Store | None = None
+        self._changed: Callable[[], None] | None = None
+        if path is not None:
+            self._open(_absolute(path))
+
+    def _open(self, path: Path) -> Store:
+        self._store = Store(path, self._mode)
+        self._store.sweep()
+        return self._store
+
+    @property
+    def store(self) -> Store:
+        """The folder behind this tier.
+
+        Raises:
+            ConfigError: the tier has no path yet; it gets one from its cache.
+        """
+        if self._store is None:
+            raise ConfigError("this DiskTier has no path yet: give it to a ModelCache first", setting="path")
+        return self._store
+
+    @property
+    def path(self) -> Path:
+        """The folder, absolute."""
+        return self.store.path
+
+    @property
+    def budget(self) -> int | None:
+        """Most bytes on disk; None: bounded by ``min_free`` only. May be assigned at any time."""
+        return self._bytes(self._budget) if self._budget is not None else None
+
+    @budget.setter
+    def budget(self, value: int | str | None) -> None:
+        self._budget = _parse_budget(value)
+        self._tell()
+
+    @property
+    def min_free(self) -> int:
+        """Bytes to leave free on the file system. May be assigned at any time."""
+        return self._bytes(self._min_free)
+
+    @min_free.setter
+    def min_free(self, value: int | str) -> None:
+        self._min_free = parse_size(value, "min_free", zero=True)
+        self._tell()
+
+    def _bytes(self, size: Size) -> int:
+        return size.of(self.store.total()) if isinstance(size, Percent) else size
+
+    def _tell(self) -> None:
+        if self._changed is not None:
+            self._changed()
+
+    def bind(self, source: str, changed: Callable[[], None]) -> None:
+        """Attach the tier to its one cache; called by ``ModelCache``.
+
+        Args:
+            source: URL of the cache's source; decides the folder where the user gave none.
+            changed: called after each assignment, without any lock held.
+
+        Raises:
+            ConfigError: it serves a cache already.
+        """
+        if self._changed is not None:
+            raise ConfigError("this DiskTier serves another ModelCache already: give each its own", setting="disk")
+        if self._store is None:
+            self._open(_default_folder(source))
+        self._changed = changed
+
+
+def _parse_budget(value: int | str | None) -> Size | None:
+    return None if value is None else parse_size(value, "budget")
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"path={path!r} must be a str or a Path ({error})", setting="path", value=path) from error
+
+
+def _default_folder(source: str) -> Path:
+    """Return a folder for this source in the user's cache folder (XDG base directories; macOS: Library/Caches)."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base.absolute() / "modelcache" / hashlib.sha256(source.encode()).hexdigest()[:16]

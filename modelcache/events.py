@@ -1,0 +1,195 @@
+"""What a cache tells: one frozen object for each thing that happened, with the figures that decided it.
+
+An event is about the past: by the time a callback sees it, the model may be back. How events reach
+callbacks is ``hooks``; turning them into log lines is ``sinks.log``.
+"""
+
+import enum
+from typing import Any
+
+import attrs
+
+from modelcache.units import format_bytes
+
+
+class Reason(enum.StrEnum):
+    """Why something happened.
+
+    A str, so that it logs and serialises as its value.
+    """
+
+    WATERMARK = "watermark"
+    """Memory in use, with what a newcomer needs, stood above ``high``; or outside growth did."""
+    MEMORY_BUDGET = "memory budget"
+    """The footprints of the models in memory, with a newcomer's, stood above ``memory.budget``."""
+    MAX_MODELS = "max_models"
+    """There were, with a newcomer, more models in memory than ``memory.max_models``."""
+    DISK_BUDGET = "disk budget"
+    """The artifacts on disk, with what a fetch needs, stood above ``disk.budget``."""
+    MIN_FREE = "min_free"
+    """A fetch would have left less than ``disk.min_free`` on the file system."""
+    EVICTED = "evicted"
+    """The model left memory since a tier chose to drop it; the ``Evicted`` event before says why."""
+    UNLOAD = "unload"
+    """Somebody called ``unload()``."""
+    DELETE = "delete"
+    """Somebody called ``delete()``."""
+    CLOSE = "close"
+    """The cache was closed."""
+    REQUEST = "request"
+    """Somebody called ``get()`` or ``lease()``, or a loader asked for a part."""
+    PREFETCH = "prefetch"
+    """Somebody called ``prefetch()``."""
+
+    @property
+    def was_eviction(self) -> bool:
+        """Whether a tier chose the model, rather than somebody asking for it to go."""
+        return self in _EVICTIONS
+
+
+_EVICTIONS = frozenset(
+    {
+        Reason.WATERMARK,
+        Reason.MEMORY_BUDGET,
+        Reason.MAX_MODELS,
+        Reason.DISK_BUDGET,
+        Reason.MIN_FREE,
+        Reason.EVICTED,
+    }
+)
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """Base of all events; every event has all of these fields, None where a field says nothing.
+
+    Attributes:
+        seq: order of decision within one cache and process, from 1, ascending, with gaps.
+        time: seconds since the epoch at which it was decided.
+        model: id of the model; None where it is about several.
+        tier: ``"memory"`` or ``"disk"``.
+        reason: why.
+        bytes: size of the model in that tier; for ``Fetched`` the bytes transferred.
+        duration: seconds that it took.
+        used: bytes (models for ``max_models``) in use at the reading that decided.
+        need: bytes (models) that were asked for on top of ``used``.
+        limit: bytes at which the machine, container, budget or count ends.
+        high: bytes above which eviction starts: the threshold that was compared.
+        low: bytes down to which the monitor evicts once ``high`` is crossed from outside.
+        for_model: id of the model for which room was made; None when no newcomer was involved.
+    """
+
+    seq: int
+    time: float
+    model: str | None = None
+    tier: str | None = None
+    reason: Reason | None = None
+    bytes: int | None = None
+    duration: float | None = None
+    used: int | None = None
+    need: int | None = None
+    limit: int | None = None
+    high: int | None = None
+    low: int | None = None
+    for_model: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields that say something, with ``event`` (the class name), as plain JSON-ready values."""
+        fields = {"event": type(self).__name__}
+        for name, value in attrs.asdict(self, recurse=False).items():
+            if value is not None:
+                fields[name] = str(value) if isinstance(value, enum.Enum) else value
+        return fields
+
+    def __str__(self) -> str:
+        """Say in one line what happened and why, with figures."""
+        words = [type(self).__name__.lower(), ascii(self.model) if self.model else ""]
+        if self.bytes is not None:
+            words.append(format_bytes(self.bytes))
+        if self.duration is not None:
+            words.append(f"in {self.duration:.3f} s")
+        if self.tier:
+            words.append(f"({self.tier})")
+        return " ".join(word for word in words if word) + self._why()
+
+    def _why(self) -> str:
+        if self.reason is None:
+            return ""
+        why = f": {self.reason}"
+        if self.used is None or self.high is None:
+            return why
+        show = str if self.reason is Reason.MAX_MODELS else format_bytes
+        why += f", used {show(self.used)}"
+        if self.need:
+            why += f" + {show(self.need)}" + (f" for {ascii(self.for_model)}" if self.for_model else "")
+        return f"{why} > {show(self.high)}"
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Fetched(Event):
+    """An artifact came from the source and is published on disk.
+
+    Attributes:
+        version: ETag, version id or the like, as the source calls it.
+    """
+
+    version: str | None = None
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Loaded(Event):
+    """The user's ``load`` returned a model, and it is in memory; ``bytes`` is its footprint."""
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Unloaded(Event):
+    """A model has left memory and its ``unload=`` has run (``duration``), for whatever reason.
+
+    Attributes:
+        error: text of what ``unload=`` raised; None where it went well.
+    """
+
+    error: str | None = None
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Evicted(Event):
+    """A tier chose to drop a model; ``bytes`` is what that promises to give back."""
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Reclaimed(Event):
+    """A batch of evictions is over, and freed heap was given back to the system.
+
+    Attributes:
+        promised: bytes that the footprints of the evicted models promised.
+        freed: bytes that the gauge really fell by; negative where something else grew meanwhile.
+        models: how many were evicted.
+    """
+
+    promised: int = 0
+    freed: int = 0
+    models: int = 0
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Hit(Event):
+    """A lookup found its model in memory. Made only while somebody listens for it."""
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Missed(Event):
+    """A lookup did not find its model in memory; ``tier`` is where it must come from, ``"disk"`` or ``"source"``."""
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Failed(Event):
+    """A fetch or load ended in an error; waiters got it, and it is remembered for ``retry_after``.
+
+    Attributes:
+        error: class name of the error.
+        message: its text.
+    """
+
+    error: str | None = None
+    message: str | None = None

@@ -1,0 +1,89 @@
+"""From a source to a staged folder: one artifact's bytes, streamed, charged to the disk tier, unpacked or written.
+
+The source verifies and resumes (``sources``), ``archives`` unpacks safely, the disk tier reserves and publishes
+(``disk.shelf``). Here they meet, for one artifact.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from modelcache.archives import unpack
+from modelcache.sources.base import Artifact, RemoteFile, Source, Stream
+
+_CHUNK = 2**18
+
+
+class Destination(Protocol):
+    """Where an artifact is built.
+
+    Attributes:
+        target: an empty folder.
+        spool: path of a temporary file, for what can't be unpacked as it streams.
+    """
+
+    @property
+    def target(self) -> Path: ...
+
+    @property
+    def spool(self) -> Path: ...
+
+    def grow(self, amount: int, /) -> None:
+        """Charge bytes about to be written; negative: given back."""
+        ...
+
+
+class _Watched:
+    """A stream that stops between two reads once it is told to."""
+
+    def __init__(self, stream: Stream, check: Callable[[], None]) -> None:
+        self._stream = stream
+        self._check = check
+
+    def read(self, size: int, /) -> bytes:
+        self._check()
+        return self._stream.read(size)
+
+
+def fetch(source: Source, artifact: Artifact, staging: Destination, *, check: Callable[[], None], mode: int) -> Path:
+    """Bring one artifact into a staged folder; return what the loader gets, still inside that folder.
+
+    Args:
+        source: where it comes from.
+        artifact: what ``source.find`` gave.
+        staging: where it goes; ``artifact/`` in its folder exists and is empty.
+        check: called between two reads; raises to stop.
+        mode: permissions of folders; files get the same without the execute bits.
+
+    Raises:
+        ModelCacheError: as ``Source.open``, ``Stream.read`` and ``archives.unpack``.
+        OSError: the disk is full, or broken.
+    """
+    if not artifact.folder:
+        (file,) = artifact.files
+        with source.open(artifact, file) as stream:
+            return unpack(
+                _Watched(stream, check),
+                staging.target,
+                name=os.path.basename(file.name) or artifact.model,
+                model=artifact.model,
+                size=file.size,
+                grow=staging.grow,
+                spool=staging.spool,
+                mode=mode,
+            )
+    return _fetch_folder(source, artifact, staging, check, mode)
+
+
+def _fetch_folder(
+    source: Source, artifact: Artifact, staging: Destination, check: Callable[[], None], mode: int
+) -> Path:
+    writer = Writer(staging.target, Job(artifact.model, artifact.size), staging.grow, mode)
+    for file in artifact.files:
+        with source.open(artifact, file) as stream, writer.file(file.name) as write:
+            watched = _Watched(stream, check)
+            while chunk := watched.read(_CHUNK):
+                write(chunk)
+    writer.finish()
+    return staging.target

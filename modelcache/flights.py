@@ -1,0 +1,231 @@
+"""One fetch or load under way for each model, and all who wait for it.
+
+Who runs a flight is ``workers``, what it does is ``loading``. Here: who waits, whether waits run in a circle,
+and which failures are remembered. All state is guarded by the cache's guard.
+"""
+
+import contextvars
+import threading
+import time
+import traceback
+from typing import Any, Generic, Protocol, TypeVar
+
+from modelcache.errors import CacheClosed, InvalidModelId, LoadFailed, ModelCacheError, NoRoom, Timeout
+from modelcache.events import Reason
+from modelcache.guard import Guard
+from modelcache.memory.entries import Entry, Lease
+
+T = TypeVar("T")
+
+_NEVER_REMEMBERED = (NoRoom, Timeout, CacheClosed, InvalidModelId)
+_MOST_REMEMBERED = 10_000  # ids of failures kept; beyond it the oldest go, so that made-up ids cost no memory
+
+
+class Cancelled(CacheClosed):
+    """A flight was told to stop; who still waits for it starts another one."""
+
+
+class Watcher(Protocol):
+    """Somebody who wants a model brought in, but does not wait in a lookup (a prefetch)."""
+
+    def finished(self, model: str, error: ModelCacheError | None) -> None:
+        """Hear how it ended; called outside the guard."""
+        ...
+
+
+class Flight(Generic[T]):
+    """One model on its way.
+
+    Attributes:
+        model: its id.
+        to_memory: whether it is to be loaded, or only fetched to disk; may be raised while it is under way.
+        reason: who asked first.
+        state: ``"queued"``, ``"fetching"``, ``"waiting for room"``, ``"loading"`` or ``"done"``.
+        waiters: leases that wait for it, each with the ident of its thread.
+        watchers: prefetches that want it.
+        blocked_on: flights whose end its loader waits for.
+        parent: the flight whose loader asked for it and runs it on its own thread.
+        entry: what it brought into memory; error: how it failed. One is set once ``done``.
+        refusal: what stood in the way when it last waited for room.
+        cancelled: told to stop as soon as it can.
+        thread: ident of the thread that runs it.
+    """
+
+    def __init__(self, model: str, *, to_memory: bool, reason: Reason, parent: "Flight[T] | None") -> None:
+        self.model = model
+        self.to_memory = to_memory
+        self.reason = reason
+        self.parent = parent
+        self.context = contextvars.copy_context()
+        self.state = "queued"
+        self.claimed = False
+        self.waiters: dict[Lease[T], int] = {}
+        self.watchers: set[Watcher] = set()
+        self.blocked_on: set[Flight[T]] = set()
+        self.entry: Entry[T] | None = None
+        self.error: ModelCacheError | None = None
+        self.refusal: NoRoom | None = None
+        self.cancelled = False
+        self.thread: int | None = None
+        self.done = threading.Event()
+
+    def wanted(self) -> bool:
+        """Whether anybody still wants it."""
+        return bool(self.waiters or self.watchers) and not self.cancelled
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it can't go on before something else moves."""
+        return self.state in {"queued", "waiting for room"} or bool(self.blocked_on)
+
+    def ancestors(self) -> "set[Flight[T]]":
+        """Return the flights whose loaders, one inside the other, asked for this one."""
+        found: set[Flight[T]] = set()
+        flight = self.parent
+        while flight is not None:
+            found.add(flight)
+            flight = flight.parent
+        return found
+
+
+current: contextvars.ContextVar[Flight[Any] | None] = contextvars.ContextVar("modelcache_flight", default=None)
+"""The flight whose loader is running here; a lookup made from it takes no second thread."""
+
+
+class Flights(Generic[T]):
+    """All flights of one cache, and the failures it remembers.
+
+    Args:
+        guard: the cache's lock; held by the caller of every method, unless said otherwise.
+        retry_after: seconds for which a failure answers in place of a new try.
+    """
+
+    def __init__(self, guard: Guard, retry_after: float) -> None:
+        self._guard = guard
+        self._retry_after = retry_after
+        self.active: dict[str, Flight[T]] = {}
+        self._failures: dict[str, tuple[ModelCacheError, float]] = {}
+
+    def failure(self, model: str) -> ModelCacheError | None:
+        """Return the remembered failure of a model, fresh for one more caller; None where it may be tried."""
+        failure = self._failures.get(model)
+        if failure is None:
+            return None
+        error, until = failure
+        if time.monotonic() < until:
+            return error.fresh()
+        del self._failures[model]
+        return None
+
+    def forgive(self, model: str) -> None:
+        """Forget a failure, so that the next lookup tries anew."""
+        self._failures.pop(model, None)
+
+    def start(
+        self, model: str, reason: Reason, *, to_memory: bool, parent: Flight[T] | None = None
+    ) -> tuple[Flight[T], bool]:
+        """Return the flight of a model, and whether it is new and must be given to a thread."""
+        flight = self.active.get(model)
+        if flight is not None:
+            flight.to_memory = flight.to_memory or to_memory
+            return flight, False
+        flight = Flight(model, to_memory=to_memory, reason=reason, parent=parent)
+        self.active[model] = flight
+        return flight, True
+
+    def running(self) -> Flight[T] | None:
+        """Return the flight of this cache whose loader called us; needs no guard."""
+        flight = current.get()
+        if flight is None or flight.done.is_set() or self.active.get(flight.model) is not flight:
+            return None
+        return flight
+
+    def circle(self, flight: Flight[T], asker: Flight[T]) -> LoadFailed | None:
+        """Return an error where ``flight`` itself waits, over any number of threads, for ``asker``."""
+        seen: dict[Flight[T], Flight[T] | None] = {flight: None}
+        queue = [flight]
+        while queue:
+            at = queue.pop()
+            if at is asker:
+                path = [at.model]
+                while (before := seen[at]) is not None:
+                    path.append(before.model)
+                    at = before
+                circle = " -> ".join(ascii(model) for model in [asker.model, *reversed(path)])
+                return LoadFailed(
+                    f"loaders ask for each other in a circle: {circle}; break it in load()", model=asker.model
+                )
+            for ahead in at.blocked_on - seen.keys():
+                seen[ahead] = at
+                queue.append(ahead)
+        return None
+
+    def claim(self, flight: Flight[T]) -> bool:
+        """Take a flight to run it; False where another thread has it, or it is over."""
+        if flight.claimed or flight.done.is_set():
+            return False
+        flight.claimed = True
+        flight.thread = threading.get_ident()
+        return True
+
+    def land(self, flight: Flight[T], entry: Entry[T] | None) -> None:
+        """End a flight well; every waiter holds the entry from now on."""
+        if entry is not None:
+            for lease, thread in flight.waiters.items():
+                lease.hold(entry, thread)
+        flight.entry = entry
+        self._failures.pop(flight.model, None)
+        self._end(flight)
+
+    def fail(self, flight: Flight[T], error: ModelCacheError) -> None:
+        """End a flight in an error, and remember it where that helps."""
+        flight.error = error
+        if self._retry_after and not isinstance(error, _NEVER_REMEMBERED):
+            self._failures.pop(flight.model, None)
+            self._failures[flight.model] = (error, time.monotonic() + self._retry_after)
+            while len(self._failures) > _MOST_REMEMBERED:
+                del self._failures[next(iter(self._failures))]
+        self._end(flight)
+
+    def _end(self, flight: Flight[T]) -> None:
+        flight.state = "done"
+        if self.active.get(flight.model) is flight:
+            del self.active[flight.model]
+        self._guard.notify()
+
+    def hopeless(self, flight: Flight[T], holders: set[int]) -> bool:
+        """Whether nobody who could give room to ``flight`` will: all wait for room, or for it, themselves.
+
+        Args:
+            flight: what needs room.
+            holders: idents of the threads that hold leases.
+        """
+        mine = {flight, *flight.ancestors()}
+        others = [other for other in self.active.values() if other not in mine]
+        if any(not other.stuck for other in others):
+            return False
+        waiting: set[int | None] = set()
+        for stuck in [*mine, *others]:
+            waiting.add(stuck.thread)
+            waiting.update(stuck.waiters.values())
+        return holders <= waiting
+
+    def reset_after_fork(self) -> None:
+        """In a child: the parent's threads do not exist here, so neither do their flights."""
+        self.active = {}
+
+
+def announce(flight: Flight[Any]) -> None:
+    """Wake everybody who waits for a flight that is over; called outside the guard."""
+    flight.done.set()
+    for watcher in list(flight.watchers):
+        watcher.finished(flight.model, flight.error)
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables that an error's traceback keeps alive: a half-loaded model may be among them."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

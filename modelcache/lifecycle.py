@@ -1,0 +1,69 @@
+"""What happens to every cache of a process at a fork and at exit.
+
+At a fork the guard of each cache is held across it, so that the child never inherits half a decision; the guard
+is never held over I/O, logging or a user's code, so this waits for microseconds. In the child only state is
+reset: no I/O but closing inherited descriptors, no logging, no other lock.
+"""
+
+import atexit
+import os
+import weakref
+from typing import Protocol
+
+_AT_EXIT = 5.0  # seconds that a fetch or load under way may still take when the interpreter ends
+
+
+class Living(Protocol):
+    """What of a cache matters here."""
+
+    def before_fork(self) -> None:
+        """Make sure that no decision is half made."""
+        ...
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        ...
+
+    def after_fork_in_child(self) -> None:
+        """Forget threads that do not exist here."""
+        ...
+
+    def close(self, *, timeout: float | None) -> bool:
+        """Unload everything."""
+        ...
+
+
+_living: "weakref.WeakSet[Living]" = weakref.WeakSet()
+_forking: list[Living] = []
+
+
+def enrol(cache: Living) -> None:
+    """Look after a cache from here on, for as long as somebody else refers to it."""
+    _living.add(cache)
+
+
+def _before() -> None:
+    _forking[:] = list(_living)
+    for cache in _forking:
+        cache.before_fork()
+
+
+def _in_parent() -> None:
+    for cache in _forking:
+        cache.after_fork_in_parent()
+    _forking.clear()
+
+
+def _in_child() -> None:
+    for cache in _forking:
+        cache.after_fork_in_child()
+    _forking.clear()
+
+
+def _at_exit() -> None:
+    for cache in list(_living):
+        cache.close(timeout=_AT_EXIT)
+
+
+os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
+atexit.register(_at_exit)

@@ -1,0 +1,207 @@
+"""``Entry`` and ``Lease``: a model in memory, and a hold on it. This is the warm path.
+
+A warm ``acquire`` and its ``release`` take no lock: a hold is put into the entry's own dict *before* the
+entry's ``retired`` flag is looked at; whoever retires an entry sets the flag *before* it looks at the holds.
+So at least one of the two sees the other. Everything else about residents is ``memory.residents``.
+"""
+
+import time
+import warnings
+from collections import deque
+from threading import get_ident
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+from modelcache.errors import ModelCacheError
+from modelcache.events import Reason
+
+T = TypeVar("T")
+
+GONE: Any = type("Gone", (), {"__repr__": lambda _: "<unloaded>"})()
+"""Stands in an entry for a model that has been unloaded."""
+
+DEFAULT: Any = type("Default", (), {"__repr__": lambda _: "<the cache's timeout>"})()
+"""Stands for a timeout that the caller left to the cache."""
+
+
+class Entry(Generic[T]):
+    """One load of a model.
+
+    Attributes:
+        model: its id.
+        value: what ``load`` returned; ``GONE`` once it is unloaded.
+        holds: ``id(lease)`` to (thread ident, monotonic second of acquisition); written without a lock.
+        retired: set, under the guard, by whoever takes it out of memory; undone where a hold came first.
+        bytes: its footprint, as far as known.
+        sure: whether ``bytes`` was measured or given by the user, not guessed from the artifact.
+        cost: seconds that the load took.
+        doomed: why it goes with its last hold; None while it stays.
+        reason: why it went.
+        inherited: loaded before a fork, so that dropping it gives nothing back.
+        keeps: what must stay open as long as it is in memory: its pin on the disk tier.
+        hits: lookups that found it, booked when the uses are drained.
+        used: seconds since the epoch of its last use, booked likewise.
+    """
+
+    __slots__ = (
+        "bytes",
+        "cost",
+        "doomed",
+        "hits",
+        "holds",
+        "inherited",
+        "keeps",
+        "model",
+        "reason",
+        "retired",
+        "sure",
+        "used",
+        "value",
+    )
+
+    def __init__(self, model: str, value: T, size: int, cost: float, *, sure: bool = False, keeps: Any = None) -> None:
+        self.model = model
+        self.value = value
+        self.holds: dict[int, tuple[int, float]] = {}
+        self.retired = False
+        self.bytes = size
+        self.sure = sure
+        self.cost = cost
+        self.doomed: Reason | None = None
+        self.reason: Reason | None = None
+        self.inherited = False
+        self.keeps = keeps
+        self.hits = 0
+        self.used = time.time()
+
+
+class Desk(Protocol[T]):
+    """What a lease needs of its cache.
+
+    Attributes:
+        resident: models that a lookup may find without the lock.
+        uses: bounded note of uses, drained by slow work.
+        watched: whether each hit must be told to somebody.
+        short: whether somebody waits for room, or a limit could not be met: then each release looks again.
+    """
+
+    resident: dict[str, Entry[T]]
+    uses: deque[Entry[T]]
+    watched: bool
+    short: bool
+
+    def lookup(self, lease: "Lease[T]") -> T:
+        """Find, fetch and load: everything but a warm hit."""
+        ...
+
+    def hit(self, entry: Entry[T], *, leased: bool) -> None:
+        """Tell those who listen for hits."""
+        ...
+
+    def released(self, entry: Entry[T]) -> None:
+        """Look at what this release makes possible."""
+        ...
+
+    def orphaned(self, entry: Entry[T]) -> None:
+        """Note a release from a finalizer, where no lock may be taken."""
+        ...
+
+
+class Lease(Generic[T]):
+    """A hold on one model: while it is held the model is neither evicted nor unloaded.
+
+    Made by ``ModelCache.lease``; acquired by ``with`` (which gives the model) or by ``acquire()``. One-shot: a
+    lease that was released is not acquired again. One that is collected while held is released, with a
+    ResourceWarning.
+
+    Concurrency: ``release`` may be called from any thread, any number of times. ``acquire`` waits for fetch
+    and load where the model is not in memory, and must be called once, by one thread. After a fork, the
+    child has only the leases of the thread that forked.
+
+    Attributes:
+        model: id of the model.
+    """
+
+    __slots__ = ("__weakref__", "_desk", "_entry", "_timeout", "model")
+
+    def __init__(self, desk: Desk[T], model: str, timeout: float | None) -> None:
+        self.model = model
+        self._desk = desk
+        self._timeout = timeout
+        self._entry: Entry[T] | None = None
+
+    def acquire(self) -> T:
+        """Return the model, held until ``release``.
+
+        Raises:
+            ModelCacheError: any of the library's errors; also where this lease was acquired before.
+        """
+        if self._entry is not None:
+            raise ModelCacheError(
+                f"this lease on {ascii(self.model)} was used already: a lease is one-shot, ask for a new one",
+                model=self.model,
+            )
+        desk = self._desk
+        try:
+            entry = desk.resident.get(self.model)
+        except TypeError:  # not hashable: the lookup says what an id is
+            entry = None
+        if entry is not None:
+            entry.holds[id(self)] = (get_ident(), time.monotonic())
+            if not entry.retired:
+                self._entry = entry
+                desk.uses.append(entry)
+                if desk.watched:
+                    desk.hit(entry, leased=True)
+                return entry.value
+            entry.holds.pop(id(self), None)
+        return desk.lookup(self)
+
+    __enter__ = acquire
+
+    def release(self) -> None:
+        """Let the model go; whatever waits for that (unload, eviction, a newcomer) happens before this returns."""
+        entry = self._entry
+        if entry is None or entry.holds.pop(id(self), None) is None:
+            return
+        desk = self._desk
+        if desk.short or entry.doomed is not None:
+            desk.released(entry)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release."""
+        self.release()
+
+    def hold(self, entry: Entry[T], thread: int) -> None:
+        """Take hold of an entry on behalf of the thread that waits for it; the guard is held."""
+        entry.holds[id(self)] = (thread, time.monotonic())
+        self._entry = entry
+
+    @property
+    def entry(self) -> Entry[T] | None:
+        """What is, or was, held; None before that."""
+        return self._entry
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that ``acquire`` waits at most; None: for ever."""
+        return self._timeout
+
+    def __del__(self) -> None:
+        """Release what was forgotten, and say so."""
+        entry = self._entry
+        if entry is not None and entry.holds.pop(id(self), None) is not None:
+            self._desk.orphaned(entry)
+            warnings.warn(
+                f"a lease on {ascii(self.model)} was collected unreleased: use it in a 'with' statement",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        """Say which model, and whether it is held."""
+        held = self._entry is not None and id(self) in self._entry.holds
+        return f"<Lease of {self.model!r}, {'held' if held else 'not held'}>"

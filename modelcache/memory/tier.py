@@ -1,0 +1,180 @@
+"""``MemoryTier``: the settings of the memory tier, with their checks.
+
+What they decide, and which model gives way, is ``memory.residents``; how used memory is read is ``gauges``.
+"""
+
+from collections.abc import Callable
+
+import attrs
+
+from modelcache.errors import ConfigError
+from modelcache.gauges import Gauge, ProcessGauge, Reading, SafeGauge
+from modelcache.policies import Policy, make_policy
+from modelcache.units import Percent, Size, parse_count, parse_seconds, parse_size
+
+_LOW_SHARE = 7 / 8  # of high, where low is not given
+
+
+@attrs.frozen
+class Limits:
+    """What bounds the memory tier at one moment; bytes, but for ``max_models``.
+
+    Attributes:
+        reading: what the gauge said; None where it could not be read, and then no watermark holds.
+        high: used memory above which models are evicted.
+        low: used memory down to which the monitor evicts.
+        budget: most bytes of footprints; None: no such bound.
+        max_models: most models in memory, loading and unloading; None: no such bound.
+    """
+
+    reading: Reading | None
+    high: int
+    low: int
+    budget: int | None
+    max_models: int | None
+
+
+class MemoryTier:
+    """How much memory models may use, and which of them gives way.
+
+    Used memory is measured by the gauge: by default what this process has resident, against the smallest of
+    the limits of its container (cgroup v1 and v2) and of the machine. Before a load, just enough is evicted that used
+    memory and what the newcomer needs stay at most ``high``; growth from outside is answered by a monitor thread,
+    which evicts from above ``high`` down to ``low``.
+
+    Args:
+        high: upper watermark: a percentage of the limit (it follows a limit that changes), or a size
+            (``"6 GiB"``, an int of bytes).
+        low: lower watermark, at most ``high``. None: 7/8 of ``high``, following it.
+        budget: most bytes that the footprints of models may add up to, beside the watermark; a percentage is
+            one of the limit. None: no such bound.
+        max_models: most models in memory, loading and unloading ones counted. None: no such bound.
+        policy: ``"lru"``, ``"lfu"``, ``"fifo"``, or a ``policies.Policy``.
+        gauge: what reads used memory and its limit; None: ``gauges.ProcessGauge()``.
+        interval: seconds between two looks of the monitor.
+
+    Raises:
+        ConfigError: a setting can't work.
+
+    Concurrency: settings may be read and assigned from any thread. An assignment returns once all that must go,
+    and may, is unloaded and its memory given back; leased models are looked at again as they are released.
+    A tier serves one cache.
+    """
+
+    def __init__(  # noqa: PLR0913 - the public contract
+        self,
+        high: int | str = "80%",
+        low: int | str | None = None,
+        budget: int | str | None = None,
+        max_models: int | None = None,
+        policy: str | Policy = "lru",
+        gauge: Gauge | None = None,
+        interval: float = 1.0,
+    ) -> None:
+        self._high = parse_size(high, "high")
+        self._low = None if low is None else parse_size(low, "low")
+        self._budget = None if budget is None else parse_size(budget, "budget")
+        self._max_models = None if max_models is None else parse_count(max_models, "max_models")
+        self.policy = make_policy(policy, "policy")
+        self.interval = parse_seconds(interval, "interval")
+        if gauge is not None and not isinstance(gauge, Gauge):
+            raise ConfigError(
+                f"gauge={gauge!r} has no read(): give an object whose read() returns a gauges.Reading",
+                setting="gauge",
+                value=gauge,
+            )
+        self._gauge = SafeGauge(ProcessGauge() if gauge is None else gauge)
+        self._changed: Callable[[], None] | None = None
+        self._check_order(self._high, self._low)
+
+    def _check_order(self, high: Size, low: Size | None) -> None:
+        """Refuse ``low`` above ``high``; kinds that can't be compared as written are compared at this moment."""
+        if low is None:
+            return
+        if isinstance(high, Percent) and isinstance(low, Percent):
+            wrong = low.value > high.value
+        elif isinstance(high, Percent) or isinstance(low, Percent):
+            reading = self._gauge.read()
+            wrong = reading is not None and _in_bytes(low, reading.limit) > _in_bytes(high, reading.limit)
+        else:
+            wrong = low > high
+        if wrong:
+            raise ConfigError(
+                f"low={low} is above high={high}: give a low of at most high, or None for 7/8 of it",
+                setting="low",
+                value=str(low),
+            )
+
+    def limits(self) -> Limits:
+        """Read the gauge and return all limits, in bytes; reads files, so never call it under the guard."""
+        reading = self._gauge.read()
+        limit = reading.limit if reading is not None else 0
+        high = _in_bytes(self._high, limit)
+        low = int(high * _LOW_SHARE) if self._low is None else min(_in_bytes(self._low, limit), high)
+        budget = None if self._budget is None else _in_bytes(self._budget, limit)
+        return Limits(reading, high, low, budget, self._max_models)
+
+    @property
+    def high(self) -> int:
+        """Upper watermark in bytes, at this moment. May be assigned at any time."""
+        return self.limits().high
+
+    @high.setter
+    def high(self, value: int | str) -> None:
+        high = parse_size(value, "high")
+        self._check_order(high, self._low)
+        self._high = high
+        self._tell()
+
+    @property
+    def low(self) -> int:
+        """Lower watermark in bytes, at this moment. May be assigned; None: 7/8 of ``high``."""
+        return self.limits().low
+
+    @low.setter
+    def low(self, value: int | str | None) -> None:
+        low = None if value is None else parse_size(value, "low")
+        self._check_order(self._high, low)
+        self._low = low
+        self._tell()
+
+    @property
+    def budget(self) -> int | None:
+        """Most bytes of footprints, at this moment; None: no such bound. May be assigned at any time."""
+        return self.limits().budget
+
+    @budget.setter
+    def budget(self, value: int | str | None) -> None:
+        self._budget = None if value is None else parse_size(value, "budget")
+        self._tell()
+
+    @property
+    def max_models(self) -> int | None:
+        """Most models in memory; None: no such bound. May be assigned at any time."""
+        return self._max_models
+
+    @max_models.setter
+    def max_models(self, value: int | None) -> None:
+        self._max_models = None if value is None else parse_count(value, "max_models")
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._changed is not None:
+            self._changed()
+
+    def bind(self, changed: Callable[[], None]) -> None:
+        """Attach the tier to its one cache; called by ``ModelCache``.
+
+        Args:
+            changed: called after each assignment, without any lock held.
+
+        Raises:
+            ConfigError: it serves a cache already.
+        """
+        if self._changed is not None:
+            raise ConfigError("this MemoryTier serves another ModelCache already: give each its own", setting="memory")
+        self._changed = changed
+
+
+def _in_bytes(size: Size, limit: int) -> int:
+    return size.of(limit) if isinstance(size, Percent) else size

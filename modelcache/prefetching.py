@@ -1,0 +1,82 @@
+"""``Prefetch``: the handle of models that are brought in before anybody asks for them."""
+
+import threading
+from collections.abc import Callable, Iterable
+
+import attrs
+
+from modelcache.errors import ModelCacheError
+
+
+@attrs.frozen
+class Progress:
+    """How far a prefetch is.
+
+    Attributes:
+        total: models asked for.
+        ready: models that are there.
+        failed: models that could not be brought in.
+    """
+
+    total: int
+    ready: int
+    failed: int
+
+
+class Prefetch:
+    """Models on their way, none of which anybody waits for.
+
+    Made by ``ModelCache.prefetch``.
+
+    Concurrency: all methods may be called from any thread.
+
+    Attributes:
+        errors: id to error of each model that failed; grows until ``wait`` returns True.
+    """
+
+    def __init__(self, models: Iterable[str], drop: Callable[["Prefetch", Iterable[str]], None]) -> None:
+        # guards the open set and the errors; nothing is called under it.
+        self._changed = threading.Condition(threading.Lock())
+        self._open = set(models)
+        self._total = len(self._open)
+        self._drop = drop
+        self.errors: dict[str, ModelCacheError] = {}
+        self.cancelled = False
+
+    def finished(self, model: str, error: ModelCacheError | None) -> None:
+        """Take note that one model has arrived, or failed; called by the cache."""
+        with self._changed:
+            if model in self._open:
+                self._open.discard(model)
+                if error is not None:
+                    self.errors[model] = error
+                self._changed.notify_all()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is; never waits."""
+        with self._changed:
+            failed = len(self.errors)
+            return Progress(self._total, self._total - len(self._open) - failed, failed)
+
+    @property
+    def done(self) -> bool:
+        """Whether every model has arrived or failed, or it was cancelled."""
+        with self._changed:
+            return not self._open
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until every model has arrived or failed; return False where ``timeout`` (seconds) ended first.
+
+        Look at ``errors`` for what failed.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open, timeout)
+
+    def cancel(self) -> None:
+        """Stop what nobody else wants; what has arrived stays. ``wait`` returns at once from here on."""
+        with self._changed:
+            dropped, self._open = self._open, set()
+            self.cancelled = True
+            self._changed.notify_all()
+        self._drop(self, dropped)

@@ -1,0 +1,139 @@
+"""The checksums that S3 tells of an object, and computing them while its bytes pass by.
+
+When they are compared is decided by ``s3_stream``. Composite ones (a checksum of the parts' checksums) are
+not compared: the parts are not known here.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import attrs
+
+_DIGEST_BYTES = {
+    "CRC32": 4,
+    "CRC32C": 4,
+    "CRC64NVME": 8,
+    "MD5": 16,
+    "SHA1": 20,
+    "SHA256": 32,
+    "SHA512": 64,
+}
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
+_NOT_TOLD = re.compile(r"Checksum(?!Type$)[A-Z0-9]+")
+
+
+class _Digest(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class _Crc:
+    """A CRC in the manner of :mod:`hashlib`."""
+
+    def __init__(self, function: Callable[[bytes, int], int], size: int) -> None:
+        self._function = function
+        self._size = size
+        self._value = 0
+
+    def update(self, data: bytes, /) -> None:
+        self._value = self._function(data, self._value)
+
+    def hexdigest(self) -> str:
+        return self._value.to_bytes(self._size, "big").hex()
+
+
+def _digest(algorithm: str) -> _Digest | None:
+    """Return what computes ``algorithm`` (lower case), or None where nothing installed here can."""
+    if algorithm == "crc32":
+        return _Crc(zlib.crc32, 4)
+    if algorithm in ("crc32c", "crc64nvme"):
+        try:
+            from awscrt import checksums as crt  # noqa: PLC0415 - an extra, and only these two need it
+        except ImportError:
+            return None
+        function: Callable[[bytes, int], int] | None = getattr(crt, algorithm, None)
+        return _Crc(function, _DIGEST_BYTES[algorithm.upper()]) if function else None
+    if algorithm in ("md5", "sha1", "sha256", "sha512"):
+        return hashlib.new(algorithm, usedforsecurity=False)
+    return None
+
+
+@attrs.frozen
+class Known:
+    """What S3 told of an object's checksums.
+
+    Attributes:
+        checksums: algorithm in lower case to hex digest of the whole object.
+        unchecked: why none of them can be compared here; None where one can.
+    """
+
+    checksums: dict[str, str]
+    unchecked: str | None
+
+
+def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
+    """Read the checksums from an answer to HeadObject or GetObject.
+
+    The ETag serves as MD5 only where nothing better can be compared, and where it is one: not of a multipart
+    upload, not encrypted with SSE-KMS or SSE-C, not in a directory bucket.
+
+    Args:
+        answer: what the client returned.
+        directory_bucket: whether the object is in one (``--x-s3``).
+    """
+    found: dict[str, str] = {}
+    composite = answer.get("ChecksumType") == "COMPOSITE"
+    for algorithm, size in _DIGEST_BYTES.items():
+        value = answer.get(f"Checksum{algorithm}")
+        if isinstance(value, str) and not composite and (digest := _to_hex(value, size)):
+            found[algorithm.lower()] = digest
+    if any(_digest(algorithm) for algorithm in found):
+        return Known(found, None)
+    etag = _MD5.fullmatch(str(answer.get("ETag", "")))
+    encrypted = answer.get("SSECustomerAlgorithm") or str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+    if etag and not encrypted and not directory_bucket:
+        return Known({**found, "md5": etag[1]}, None)
+    if found:
+        return Known(found, f"{', '.join(found).upper()} needs the extra modelcache[crt]")
+    if any(_NOT_TOLD.fullmatch(name) for name in answer):
+        return Known(found, "its checksum is of the parts of a multipart upload, or of a kind that is not known here")
+    return Known(found, "the store tells no checksum of it")
+
+
+def _to_hex(value: str, size: int) -> str | None:
+    """Return a base64 digest as hex; None for a composite one (``...-7``) or one that is no digest."""
+    try:
+        raw = base64.b64decode(value, validate=True)
+    except binascii.Error:
+        return None
+    return raw.hex() if len(raw) == size else None
+
+
+class Digests:
+    """Computes all checksums of one object that can be computed here, as its bytes pass by.
+
+    Args:
+        expected: algorithm to hex digest, as :class:`Known` has them.
+    """
+
+    def __init__(self, expected: Mapping[str, str]) -> None:
+        digests = ((algorithm, value, _digest(algorithm)) for algorithm, value in expected.items())
+        self._all = tuple((name, value.lower(), digest) for name, value, digest in digests if digest is not None)
+
+    def update(self, data: bytes) -> None:
+        """Take the next bytes."""
+        for _, _, digest in self._all:
+            digest.update(data)
+
+    def problem(self) -> str | None:
+        """Return what differs, or None where all is as expected."""
+        for name, value, digest in self._all:
+            if digest.hexdigest() != value:
+                return f"{name.upper()} is {digest.hexdigest()}, not {value}"
+        return None

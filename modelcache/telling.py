@@ -1,0 +1,62 @@
+"""From decision to callback: numbers events, keeps the recent ones, hands them to the hooks.
+
+Callbacks and their isolation are ``hooks``. Here is what happens to a KeyboardInterrupt or SystemExit that a
+callback, or an ``unload=``, raises: it is kept until the verb that caused it has left everything consistent.
+"""
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable
+
+from modelcache.events import Event
+from modelcache.hooks import Hooks
+
+_log = logging.getLogger("modelcache")
+_KEPT = 1000
+
+
+class Teller:
+    """The events of one cache.
+
+    Concurrency: any thread, never under the cache's guard, except for ``number``, which takes no lock.
+    """
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+        self._numbers = itertools.count(1)
+        self._pending = threading.local()
+        self.recent: deque[Event] = deque(maxlen=_KEPT)
+
+    def number(self) -> int:
+        """Return the next ``seq``."""
+        return next(self._numbers)
+
+    def tell(self, events: Iterable[Event]) -> None:
+        """Keep and deliver events; never raises."""
+        events = list(events)
+        self.recent.extend(events)
+        try:
+            self._hooks.emit(events)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self.keep(stop)
+
+    def keep(self, stop: BaseException) -> None:
+        """Keep an interrupt for ``pass_on`` of this thread; the first one counts."""
+        if getattr(self._pending, "stop", None) is None:
+            self._pending.stop = stop
+
+    def pass_on(self) -> None:
+        """Raise what was kept on this thread, now that the state is consistent."""
+        stop = getattr(self._pending, "stop", None)
+        if stop is not None:
+            self._pending.stop = None
+            raise stop
+
+    def drop(self) -> None:
+        """Log what was kept on a thread of our own, which nobody could catch it on."""
+        stop = getattr(self._pending, "stop", None)
+        if stop is not None:
+            self._pending.stop = None
+            _log.error("a callback raised %r on a thread of the cache: ignored", stop)

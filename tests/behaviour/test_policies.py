@@ -1,0 +1,359 @@
+"""Policies: the three orders, and what a user's policy can't break."""
+
+import itertools
+import logging
+from collections.abc import Collection, Iterable
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from modelcache.errors import ConfigError
+from modelcache.policies import Guarded, Policy, Ranked, Resident, make_policy
+from tests.contracts.policy_contract import MODELS, PolicyContract, admit, order
+
+
+class Newest:
+    """A user's policy: the latest in goes first."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Resident] = {}
+        self.clocks: list[int] = []
+
+    def requested(self, model: str, clock: int) -> None:
+        """Note the clock."""
+        self.clocks.append(clock)
+
+    def admitted(self, resident: Resident) -> None:
+        """Note the model."""
+        self.models[resident.model] = resident
+
+    def removed(self, model: str) -> None:
+        """Forget the model."""
+        self.models.pop(model, None)
+
+    def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:
+        """Give the latest first."""
+        return (model for model in reversed(self.models) if model in evictable)
+
+
+class Answers(Newest):
+    """A user's policy that gives what it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:
+        """Give the answer."""
+        return self.answer  # type: ignore[no-any-return]
+
+
+class Broken:
+    """A user's policy whose every method raises."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error or ZeroDivisionError("oops")
+
+    def requested(self, model: str, clock: int) -> None:
+        """Raise."""
+        raise self.error
+
+    def admitted(self, resident: Resident) -> None:
+        """Raise."""
+        raise self.error
+
+    def removed(self, model: str) -> None:
+        """Raise."""
+        raise self.error
+
+    def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:
+        """Raise."""
+        raise self.error
+
+
+class TestLru(PolicyContract):
+    """LRU keeps the contract."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return make_policy("lru", "policy")
+
+
+class TestLfu(PolicyContract):
+    """LFU keeps the contract."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return make_policy("lfu", "policy")
+
+
+class TestFifo(PolicyContract):
+    """FIFO keeps the contract."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return make_policy("fifo", "policy")
+
+
+class TestUsers(PolicyContract):
+    """A user's policy keeps the contract as it is."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return Newest()
+
+
+class TestGuarded(PolicyContract):
+    """A user's policy keeps the contract when guarded."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return make_policy(Newest(), "policy")
+
+
+class TestGuardedBroken(PolicyContract):
+    """Even a policy that always raises keeps the contract when guarded."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return make_policy(Broken(), "policy")
+
+
+# Orders
+
+
+def ranked(name: str, requests: str = "") -> Policy:
+    """Bring in a to e, then request."""
+    policy = make_policy(name, "policy")
+    for model in MODELS:
+        admit(policy, model)
+    for clock, model in enumerate(requests):
+        policy.requested(model, clock)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "expected"),
+    [
+        ("fifo", "aacbd", "abcde"),
+        ("lru", "", "abcde"),
+        ("lru", "aacb", "deacb"),
+        ("lfu", "", "abcde"),
+        ("lfu", "aabbbcdd", "ecadb"),
+    ],
+)
+def test_order(name: str, requests: str, expected: str) -> None:
+    """FIFO: as they came; LRU: least recently requested first; LFU: least often, then least recently."""
+    assert "".join(order(ranked(name, requests), MODELS)) == expected
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "fifo"])
+def test_measuring_is_not_using(name: str) -> None:
+    """A model measured anew stays exactly where it stood."""
+    policy = ranked(name, "bbcc")
+    before = order(policy, MODELS)
+    for model in MODELS:
+        policy.admitted(Resident(model, 999, 9.0))
+    assert order(policy, MODELS) == before
+
+
+def test_lfu_counts_the_request_that_loaded() -> None:
+    """A newcomer has one use, the one that brought it in, however often it was asked for before that."""
+    policy = make_policy("lfu", "policy")
+    policy.requested("new", 1)
+    policy.requested("new", 2)
+    admit(policy, "new", 3)
+    admit(policy, "old", 4)
+    policy.requested("old", 5)
+    policy.requested("new", 6)
+    assert order(policy, ["new", "old"]) == ["old", "new"]  # two uses each: the least recent goes
+
+
+def test_lfu_forgets_what_left() -> None:
+    """A model that comes back starts counting anew."""
+    policy = ranked("lfu", "aaaabbccddee")
+    policy.removed("a")
+    admit(policy, "a")
+    assert order(policy, MODELS)[0] == "a"
+
+
+def test_victims_stand_as_at_the_call() -> None:
+    """What happens after the call to victims() does not change an answer under way."""
+    policy = ranked("lru")
+    evictable = set(MODELS)
+    answer = iter(policy.victims(1, evictable))
+    assert next(answer) == "a"
+    policy.removed("b")
+    policy.requested("c", 9)
+    evictable.clear()
+    assert list(answer) == ["b", "c", "d", "e"]
+
+
+# Choice
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "fifo"])
+def test_names(name: str) -> None:
+    """The three names are known, and each call makes a new policy."""
+    assert isinstance(make_policy(name, "policy"), Ranked)
+    assert make_policy(name, "policy") is not make_policy(name, "policy")
+
+
+def test_only_user_objects_are_guarded() -> None:
+    """A user's object is wrapped; ours, and one that is wrapped already, are not."""
+    mine = Newest()
+    guarded = make_policy(mine, "policy")
+    assert isinstance(guarded, Guarded)
+    assert guarded.policy is mine
+    assert make_policy(guarded, "policy") is guarded
+    ours = make_policy("lru", "policy")
+    assert make_policy(ours, "policy") is ours
+
+
+@pytest.mark.parametrize("bad", ["LRU", "worst", "", None, 3, object(), Newest, mock.Mock(spec=["victims"])], ids=repr)
+def test_anything_else_is_refused(bad: Any) -> None:
+    """Other names, and objects or classes that are no policy, are refused with all that is allowed."""
+    with pytest.raises(ConfigError, match='disk.policy=.*"lru", "lfu", "fifo".*requested, admitted, removed, victims'):
+        make_policy(bad, "disk.policy")
+
+
+# Guarded
+
+
+def guarded(policy: Policy) -> Guarded:
+    """Guard a policy and bring in a to e."""
+    made = Guarded(policy)
+    for model in MODELS:
+        admit(made, model)
+    return made
+
+
+def test_guarded_tells_the_policy() -> None:
+    """The user's policy is told of everything, and its order holds."""
+    mine = Newest()
+    policy = guarded(mine)
+    policy.requested("zzz", 42)
+    policy.removed("d")
+    assert mine.clocks[-1] == 42
+    assert list(mine.models) == ["a", "b", "c", "e"]
+    assert order(policy, ["a", "b", "c", "e"]) == ["e", "c", "b", "a"]
+    assert policy.errors == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (["d", "a"], "dabce"),
+        (["d", "d", "x", "a", "d", None, 7, [], "x"], "dabce"),
+        ([], "abcde"),
+        ("edcba", "edcba"),
+        (itertools.repeat("d"), "dabce"),
+        (itertools.count(), "abcde"),
+    ],
+    ids=["part", "strays", "nothing", "a str", "endless repeats", "endless strays"],
+)
+def test_whatever_is_answered_everything_can_go(answer: Any, expected: str) -> None:
+    """Strays and repeats are passed over, and who was not given follows in LRU order."""
+    assert "".join(order(guarded(Answers(answer)), MODELS)) == expected
+
+
+def test_strays_do_not_bring_in_what_is_leased() -> None:
+    """A leased model that the policy gives all the same does not go."""
+    assert order(guarded(Answers("abcde")), ["e", "b"]) == ["b", "e"]
+
+
+@pytest.mark.parametrize("answer", [None, 3, itertools.repeat("x")], ids=["None", "int", "endless"])
+def test_answer_of_no_use_is_an_error(answer: Any) -> None:
+    """An answer that can't be walked through, or has no end, counts as an error."""
+    policy = guarded(Answers(answer))
+    assert order(policy, MODELS) == list(MODELS)
+    assert policy.errors == 1
+
+
+def test_answer_that_breaks_off() -> None:
+    """Where the policy raises halfway, what it gave stands and the rest follows in LRU order."""
+
+    def answer() -> Iterable[str]:
+        yield "c"
+        raise LookupError
+
+    policy = guarded(Answers(answer()))
+    assert order(policy, MODELS) == ["c", "a", "b", "d", "e"]
+    assert policy.errors == 1
+
+
+def test_models_that_nobody_admitted_can_go_too() -> None:
+    """Evictable models that even the fallback does not know come last."""
+    assert order(Guarded(Answers([])), ["y", "x"]) == ["x", "y"]
+
+
+def test_errors_are_told_once_a_kind_and_not_under_the_lock(caplog: pytest.LogCaptureFixture) -> None:
+    """What a policy raises is counted at once, and logged by report(), once for each method and type."""
+    broken = Broken()
+    policy = guarded(broken)
+    order(policy, MODELS)
+    policy.removed("a")
+    broken.error = KeyError("other")
+    policy.removed("b")
+    assert policy.errors == 13
+    assert caplog.text == ""  # the cache's lock is held in all of these
+    policy.report()
+    policy.report()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 5
+    assert sum("Broken.removed" in line for line in told) == 2
+    policy.removed("b")
+    policy.report()
+    assert len(caplog.records) == 5
+
+
+def test_report_survives_a_broken_log() -> None:
+    """A log filter that raises does not get out of report()."""
+    policy = guarded(Broken())
+    logger = logging.getLogger("modelcache")
+    broken = mock.Mock(spec=[], side_effect=RuntimeError)
+    logger.addFilter(broken)
+    try:
+        policy.report()
+    finally:
+        logger.removeFilter(broken)
+    assert broken.called
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_interrupts_pass(kind: type[BaseException]) -> None:
+    """KeyboardInterrupt and SystemExit pass, after the fallback has noted what happened."""
+    policy = Guarded(Broken(kind()))
+    with pytest.raises(kind):
+        policy.admitted(Resident("a", 1, 1.0))
+    with pytest.raises(kind):
+        order(policy, ["a"])
+    with pytest.raises(kind):
+        policy.removed("a")
+    assert policy.errors == 0
+
+
+def test_odd_base_exceptions_do_not_pass() -> None:
+    """Other errors that are no Exception are treated like any error."""
+    policy = guarded(Broken(type("Odd", (BaseException,), {})()))
+    assert order(policy, MODELS) == list(MODELS)
+
+
+def test_answer_may_be_dropped_halfway() -> None:
+    """The caller may stop taking victims; a generator of the user's is closed, and nothing is an error."""
+    closed = []
+
+    def answer() -> Iterable[str]:
+        try:
+            yield "c"
+            yield "d"
+        finally:
+            closed.append(True)
+
+    policy = guarded(Answers(answer()))
+    taken = policy.victims(1, MODELS)
+    assert next(iter(taken)) == "c"
+    taken.close()  # type: ignore[attr-defined]
+    assert closed == [True]
+    assert policy.errors == 0

@@ -16,13 +16,15 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
+from modelcache import census, lifecycle
+from modelcache.closing import Life
 from modelcache.disk.tier import DiskTier
-from modelcache.errors import CacheClosed, ConfigError, ModelCacheError, Timeout
-from modelcache.events import Event, Missed, Reason
+from modelcache.errors import CacheClosed, ConfigError
+from modelcache.events import Event, Reason
 from modelcache.flights import Cancelled, Flight
 from modelcache.ids import validate_id
 from modelcache.machinery import Machinery
-from modelcache.memory.entries import DEFAULT, GONE, Entry, Lease
+from modelcache.memory.entries import DEFAULT, Lease
 from modelcache.memory.tier import MemoryTier
 from modelcache.prefetching import Prefetch
 from modelcache.reports import ModelInfo, Stats
@@ -31,6 +33,8 @@ from modelcache.units import parse_seconds
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
+
+_new_lease = object.__new__
 
 
 class ModelCache(Generic[T]):
@@ -64,7 +68,7 @@ class ModelCache(Generic[T]):
         disk: the disk tier; likewise.
     """
 
-    def __init__(  # noqa: PLR0913 - the public contract
+    def __init__(
         self,
         source: str | os.PathLike[str] | Source,
         load: Callable[[Path], T] | Callable[[Path, str], T],
@@ -82,6 +86,10 @@ class ModelCache(Generic[T]):
             source, load, disk, memory, unload, size_of, loaders, retry_after, self._lookup
         )
         self._desk = self._parts.residents
+        self._resident = self._desk.resident
+        self._note = self._desk.note
+        self._life = Life(self._parts)
+        lifecycle.enrol(self._life)
         self.memory: MemoryTier = self._parts.memory
         self.disk: DiskTier = self._parts.disk
 
@@ -98,19 +106,17 @@ class ModelCache(Generic[T]):
             InvalidModelId, ModelNotFound, SourceUnavailable, AccessDenied, ArtifactChanged, ArtifactCorrupt,
             UnsafeArtifact, TooLarge, NoRoom, LoadFailed, CacheClosed, Timeout: see ``errors``.
         """
-        desk = self._desk
         try:
-            entry = desk.resident.get(model)
-        except TypeError:  # not hashable: the lookup says what an id is
-            entry = None
-        if entry is not None and (value := entry.value) is not GONE:
-            desk.uses.append(entry)
-            if desk.watched:
-                desk.hit(entry, leased=False)
-            return value
-        self._parts.warn_of_get()
-        with Lease(desk, model, timeout) as value:
-            return value
+            entry = self._resident[model]
+            value = entry.value
+        except (KeyError, AttributeError, TypeError):  # not there; just unloaded; or not hashable
+            self._parts.warn_of_get()
+            with self.lease(model, timeout=timeout) as value:
+                return value
+        self._note(entry)
+        if self._desk.watched:
+            self._desk.hit(entry, leased=False)
+        return value
 
     def lease(self, model: str, *, timeout: float | None = DEFAULT) -> Lease[T]:
         """Return a one-shot lease on a model: acquired by ``with``, or by ``acquire()``.
@@ -121,7 +127,12 @@ class ModelCache(Generic[T]):
             model: its id.
             timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
         """
-        return Lease(self._desk, model, timeout)
+        lease: Lease[T] = _new_lease(Lease)
+        lease.model = model
+        lease._desk = self._desk  # noqa: SLF001 - filled here, see Lease
+        lease._timeout = timeout  # noqa: SLF001
+        lease._entry = None  # noqa: SLF001
+        return lease
 
     def _lookup(self, lease: Lease[T]) -> T:
         """Acquire a lease whose model was not found by the warm path."""
@@ -143,7 +154,7 @@ class ModelCache(Generic[T]):
                 if lease.entry is None:
                     if arrived and isinstance(flight.error, Cancelled):
                         continue
-                    raise self._outcome(flight, timeout)
+                    raise flight.outcome(timeout)
             self._parts.teller.pass_on()
             assert lease.entry is not None  # noqa: S101 - boarding or landing held it
             return lease.entry.value
@@ -156,10 +167,9 @@ class ModelCache(Generic[T]):
             entry = self._desk.resident.get(model) or self._desk.rescue(model)
             if entry is not None:
                 lease.hold(entry, get_ident())
-                self._desk.uses.append(entry)
+                self._note(entry)
                 return None, False
-            self._desk.missed(model)
-            event = self._missed(model)
+            event = parts.missed(model)
             failure = parts.flights.failure(model)
             flight, new = None, False
             if failure is None:
@@ -197,26 +207,6 @@ class ModelCache(Generic[T]):
             if asker is not None:
                 asker.blocked_on.discard(flight)
             parts.guard.notify()
-
-    def _outcome(self, flight: Flight[T], timeout: float | None) -> ModelCacheError:
-        """Return the error for a caller that leaves without its model."""
-        if flight.error is not None:
-            return flight.error.fresh()
-        if flight.refusal is not None and flight.state == "waiting for room":
-            return flight.refusal.fresh()
-        return Timeout(
-            f"model {ascii(flight.model)} was not there after {timeout} s: it is {flight.state}, which goes on; "
-            "ask again, raise timeout=, or prefetch it",
-            model=flight.model,
-            timeout=timeout,
-            state=flight.state,
-        )
-
-    def _missed(self, model: str) -> Missed:
-        tier = "disk" if model in self._parts.shelf.items() else "source"
-        return Missed(
-            seq=self._parts.teller.number(), time=time.time(), model=model, tier=tier, reason=Reason.REQUEST
-        )
 
     def _check_open(self, model: str | None = None) -> None:
         if self._parts.closed:
@@ -263,11 +253,11 @@ class ModelCache(Generic[T]):
 
     def models(self) -> list[ModelInfo]:
         """Return a row for each model in a tier, sorted by id; looking is no use of a model."""
-        return self._parts.models()
+        return census.models(self._parts)
 
     def stats(self) -> Stats:
         """Return the cache's figures up to this moment."""
-        return self._parts.stats()
+        return census.stats(self._parts)
 
     def history(self, model: str | None = None) -> list[Event]:
         """Return the last 1,000 events, oldest first; only those about ``model`` where it is given.
@@ -281,9 +271,7 @@ class ModelCache(Generic[T]):
     @overload
     def on(self, event: type[E], *, background: bool = False) -> Callable[[Callable[[E], Any]], Callable[[E], Any]]: ...
     @overload
-    def on(
-        self, event: type[E], callback: Callable[[E], Any], *, background: bool = False
-    ) -> Callable[[E], Any]: ...
+    def on(self, event: type[E], callback: Callable[[E], Any], *, background: bool = False) -> Callable[[E], Any]: ...
     def on(self, event: type[E], callback: Callable[[E], Any] | None = None, *, background: bool = False) -> Any:
         """Call ``callback`` with each event of a type; without a callback, be a decorator.
 
@@ -317,16 +305,14 @@ class ModelCache(Generic[T]):
         Returns:
             Whether all is gone. May be called again, from any thread, and from a signal handler.
         """
-        return self._parts.close(None if timeout is None else parse_seconds(timeout, "timeout", zero=True))
+        return self._life.close(None if timeout is None else parse_seconds(timeout, "timeout", zero=True))
 
     def __enter__(self) -> Self:
-        """Return itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
         self.close()
 
     def __repr__(self) -> str:

@@ -110,19 +110,20 @@ class Event:
             words.append(f"in {self.duration:.3f} s")
         if self.tier:
             words.append(f"({self.tier})")
-        return " ".join(word for word in words if word) + self._why()
+        return " ".join(word for word in words if word) + "".join(f": {part}" for part in self._details() if part)
 
-    def _why(self) -> str:
-        if self.reason is None:
-            return ""
-        why = f": {self.reason}"
+    def _details(self) -> list[str]:
+        return [str(self.reason or ""), self._figures()]
+
+    def _figures(self) -> str:
         if self.used is None or self.high is None:
-            return why
+            return ""
         show = str if self.reason is Reason.MAX_MODELS else format_bytes
-        why += f", used {show(self.used)}"
+        figures = f"used {show(self.used)}"
         if self.need:
-            why += f" + {show(self.need)}" + (f" for {ascii(self.for_model)}" if self.for_model else "")
-        return f"{why} > {show(self.high)}"
+            figures += f" + {show(self.need)}" + (f" for {self.for_model!a}" if self.for_model else "")
+        crossed = self.reason is not None and self.reason.was_eviction
+        return f"{figures} {'>' if crossed else 'of'} {show(self.high)}"
 
 
 @attrs.frozen(kw_only=True, str=False)
@@ -151,6 +152,9 @@ class Unloaded(Event):
 
     error: str | None = None
 
+    def _details(self) -> list[str]:
+        return [*super()._details(), f"unload= raised {self.error}" if self.error else ""]
+
 
 @attrs.frozen(kw_only=True, str=False)
 class Evicted(Event):
@@ -170,6 +174,10 @@ class Reclaimed(Event):
     promised: int = 0
     freed: int = 0
     models: int = 0
+
+    def _details(self) -> list[str]:
+        promised, freed = format_bytes(self.promised), format_bytes(self.freed)
+        return [f"{self.models} models promised {promised}, {freed} came back", self._figures()]
 
 
 @attrs.frozen(kw_only=True, str=False)
@@ -193,3 +201,6 @@ class Failed(Event):
 
     error: str | None = None
     message: str | None = None
+
+    def _details(self) -> list[str]:
+        return [*super()._details(), f"{self.error}: {self.message}"]

@@ -4,13 +4,12 @@ The source verifies and resumes (``sources``), ``archives`` unpacks safely, the 
 (``disk.shelf``). Here they meet, for one artifact.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from modelcache.archives import unpack
-from modelcache.sources.base import Artifact, RemoteFile, Source, Stream
+from modelcache.archives import Job, Writer, unpack
+from modelcache.sources.base import Artifact, Source, Stream
 
 _CHUNK = 2**18
 
@@ -24,13 +23,13 @@ class Destination(Protocol):
     """
 
     @property
-    def target(self) -> Path: ...
+    def target(self) -> Path:
+        """An empty folder."""
+        ...
 
     @property
-    def spool(self) -> Path: ...
-
-    def grow(self, amount: int, /) -> None:
-        """Charge bytes about to be written; negative: given back."""
+    def spool(self) -> Path:
+        """Path of a temporary file."""
         ...
 
 
@@ -46,13 +45,22 @@ class _Watched:
         return self._stream.read(size)
 
 
-def fetch(source: Source, artifact: Artifact, staging: Destination, *, check: Callable[[], None], mode: int) -> Path:
+def fetch(
+    source: Source,
+    artifact: Artifact,
+    staging: Destination,
+    *,
+    grow: Callable[[int], None],
+    check: Callable[[], None],
+    mode: int,
+) -> Path:
     """Bring one artifact into a staged folder; return what the loader gets, still inside that folder.
 
     Args:
         source: where it comes from.
         artifact: what ``source.find`` gave.
         staging: where it goes; ``artifact/`` in its folder exists and is empty.
+        grow: charges bytes about to be written (negative: given back); raises where there is no room.
         check: called between two reads; raises to stop.
         mode: permissions of folders; files get the same without the execute bits.
 
@@ -66,24 +74,21 @@ def fetch(source: Source, artifact: Artifact, staging: Destination, *, check: Ca
             return unpack(
                 _Watched(stream, check),
                 staging.target,
-                name=os.path.basename(file.name) or artifact.model,
+                name=file.name.rpartition("/")[2] or artifact.model,
                 model=artifact.model,
                 size=file.size,
-                grow=staging.grow,
+                grow=grow,
                 spool=staging.spool,
                 mode=mode,
             )
-    return _fetch_folder(source, artifact, staging, check, mode)
+    _fetch_folder(source, artifact, Writer(staging.target, Job(artifact.model, artifact.size), grow, mode), check)
+    return staging.target
 
 
-def _fetch_folder(
-    source: Source, artifact: Artifact, staging: Destination, check: Callable[[], None], mode: int
-) -> Path:
-    writer = Writer(staging.target, Job(artifact.model, artifact.size), staging.grow, mode)
+def _fetch_folder(source: Source, artifact: Artifact, writer: Writer, check: Callable[[], None]) -> None:
     for file in artifact.files:
         with source.open(artifact, file) as stream, writer.file(file.name) as write:
             watched = _Watched(stream, check)
             while chunk := watched.read(_CHUNK):
                 write(chunk)
     writer.finish()
-    return staging.target

@@ -78,6 +78,20 @@ class Flight(Generic[T]):
         """Whether it can't go on before something else moves."""
         return self.state in {"queued", "waiting for room"} or bool(self.blocked_on)
 
+    def outcome(self, timeout: float | None) -> ModelCacheError:
+        """Return the error for a caller that leaves without its model."""
+        if self.error is not None:
+            return self.error.fresh()
+        if self.refusal is not None and self.state == "waiting for room":
+            return self.refusal.fresh()
+        return Timeout(
+            f"model {self.model!a} was not there after {timeout} s: it is {self.state}, which goes on; "
+            "ask again, raise timeout=, or prefetch it",
+            model=self.model,
+            timeout=timeout,
+            state=self.state,
+        )
+
     def ancestors(self) -> "set[Flight[T]]":
         """Return the flights whose loaders, one inside the other, asked for this one."""
         found: set[Flight[T]] = set()

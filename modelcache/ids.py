@@ -31,7 +31,7 @@ def validate_id(model: object) -> str:
     return str(model)
 
 
-def _problem(model: str) -> str | None:
+def _problem(model: str) -> str | None:  # noqa: PLR0911 - one return a rule
     if not model:
         return "is empty"
     try:

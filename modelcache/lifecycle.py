@@ -7,7 +7,6 @@ reset: no I/O but closing inherited descriptors, no logging, no other lock.
 
 import atexit
 import os
-import weakref
 from typing import Protocol
 
 _AT_EXIT = 5.0  # seconds that a fetch or load under way may still take when the interpreter ends
@@ -28,18 +27,23 @@ class Living(Protocol):
         """Forget threads that do not exist here."""
         ...
 
-    def close(self, *, timeout: float | None) -> bool:
-        """Unload everything."""
+    def close(self, timeout: float | None) -> bool:
+        """Unload everything; return whether all is gone."""
         ...
 
 
-_living: "weakref.WeakSet[Living]" = weakref.WeakSet()
+_living: set[Living] = set()
 _forking: list[Living] = []
 
 
 def enrol(cache: Living) -> None:
-    """Look after a cache from here on, for as long as somebody else refers to it."""
+    """Look after a cache until it is closed: one that nobody closes is closed at exit."""
     _living.add(cache)
+
+
+def discharge(cache: Living) -> None:
+    """Forget a cache that has nothing left."""
+    _living.discard(cache)
 
 
 def _before() -> None:
@@ -62,7 +66,7 @@ def _in_child() -> None:
 
 def _at_exit() -> None:
     for cache in list(_living):
-        cache.close(timeout=_AT_EXIT)
+        cache.close(_AT_EXIT)
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

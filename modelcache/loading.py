@@ -1,99 +1,34 @@
-"""What one flight does: find the artifact, fetch it, make room, load, land. The story of a miss.
+"""What one flight does: find or fetch the artifact, make room, load, land. The story of a miss.
 
 The order matters: fetch first, make room last, so that nothing is evicted for a model that turns out not to
-be there. Who waits for a flight is ``flights``, who runs it ``workers``.
+be there. Who waits for a flight is ``flights``, who runs it ``workers``; the first half is ``fetching``.
 """
 
-import errno
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import attrs
 
-from modelcache.disk.layout import Record
-from modelcache.disk.shelf import Contention, Held, Shelf
-from modelcache.errors import (
-    AccessDenied,
-    ArtifactChanged,
-    CacheClosed,
-    LoadFailed,
-    ModelCacheError,
-    NoRoom,
-    Timeout,
-)
-from modelcache.events import Failed, Fetched, Loaded, Reason
-from modelcache.fetch import fetch
+from modelcache.disk.shelf import Held, Shelf
+from modelcache.errors import CacheClosed, LoadFailed, ModelCacheError, NoRoom, Timeout
+from modelcache.events import Failed, Loaded, Reason
+from modelcache.fetching import Fetcher, InPlace, Trip, check_cancelled
 from modelcache.flights import Cancelled, Flight, Flights, announce, clear_frames, current
 from modelcache.guard import Guard
 from modelcache.memory.entries import Entry
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import Limits, MemoryTier
-from modelcache.sources.base import Artifact, Source
+from modelcache.memory.unloading import Unloader
 from modelcache.telling import Teller
 
 T = TypeVar("T")
 
 _log = logging.getLogger("modelcache")
-_RESTARTS = 3  # fetches of one artifact that changes all the time, before that is an error
 _PASSED_ON = (NoRoom, Timeout, CacheClosed)  # what a loader's part met is as true of the whole
-
-
-@attrs.frozen
-class InPlace:
-    """An artifact that is loaded where it lies, outside the disk tier."""
-
-    path: Path
-    size: int
-
-
-class Trip(Generic[T]):
-    """A flight, as those see it who make room for it."""
-
-    def __init__(self, flight: Flight[T], flights: Flights[T], residents: Residents[T]) -> None:
-        self._flight = flight
-        self._flights = flights
-        self._residents = residents
-
-    @property
-    def model(self) -> str:
-        """The id of the model."""
-        return self._flight.model
-
-    @property
-    def state(self) -> str:
-        """What the flight is doing."""
-        return self._flight.state
-
-    @state.setter
-    def state(self, value: str) -> None:
-        self._flight.state = value
-
-    def refused(self, refusal: NoRoom) -> None:
-        """Note what stands in the way, for a waiter whose time ends meanwhile."""
-        self._flight.refusal = refusal
-
-    def wanted(self) -> bool:
-        """Whether somebody still waits for it; the guard is held."""
-        return self._flight.wanted()
-
-    def hopeless(self) -> bool:
-        """Whether everybody who could give room waits for room too; the guard is held."""
-        return self._flights.hopeless(self._flight, self._residents.holding_threads())
-
-
-@attrs.define(eq=False)
-class Counters:
-    """What the loader has done so far; written under the guard."""
-
-    loads: int = 0
-    load_seconds: float = 0.0
-    fetches: int = 0
-    fetched_bytes: int = 0
-    failures: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -101,11 +36,12 @@ class Loader(Generic[T]):
     """Runs flights.
 
     Attributes:
-        source: where artifacts come from.
+        fetcher: brings artifacts onto this machine.
         shelf: the disk tier.
         tier: settings and gauge of the memory tier.
         residents: who is in memory.
         room: makes room there.
+        unloader: carries out what leaves.
         flights: who waits.
         guard: the cache's lock.
         teller: takes events.
@@ -113,14 +49,14 @@ class Loader(Generic[T]):
         size_of: the user's estimate, called with model and path; None where there is none.
         closed: whether the cache is closed.
         landed: called after each load, outside the guard.
-        counters: what was done.
     """
 
-    source: Source
+    fetcher: Fetcher[T]
     shelf: Shelf
     tier: MemoryTier
     residents: Residents[T]
     room: Room[T]
+    unloader: Unloader[T]
     flights: Flights[T]
     guard: Guard
     teller: Teller
@@ -128,7 +64,6 @@ class Loader(Generic[T]):
     size_of: Callable[[str, Path], int] | None
     closed: Callable[[], bool]
     landed: Callable[[], None]
-    counters: Counters = attrs.field(factory=Counters)
 
     def run(self, flight: Flight[T]) -> None:
         """Run a flight to its end, unless another thread has it; never raises."""
@@ -143,7 +78,7 @@ class Loader(Generic[T]):
         token = current.set(flight)
         try:
             self._fly(flight)
-        except BaseException as error:  # whatever it is, the waiters must hear of it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
             self.fail(flight, self._typed(flight, error))
         finally:
             current.reset(token)
@@ -154,7 +89,7 @@ class Loader(Generic[T]):
         told = not isinstance(error, Cancelled | CacheClosed)
         with self.guard:
             self.residents.reserved.pop(flight, None)
-            self.counters.failures += told
+            self.fetcher.counters.failures += told
             self.flights.fail(flight, error)
         if told:
             self.teller.tell([self._failed(flight, error)])
@@ -175,15 +110,14 @@ class Loader(Generic[T]):
             return error
         _log.error("unexpected error while %a was %s", flight.model, flight.state, exc_info=error)
         failure = LoadFailed(
-            f"model {ascii(flight.model)} could not be brought in while {flight.state}: "
-            f"{type(error).__name__}: {error}",
+            f"model {flight.model!a} could not be brought in while {flight.state}: {type(error).__name__}: {error}",
             model=flight.model,
         )
         failure.__cause__ = error
         return failure
 
     def _fly(self, flight: Flight[T]) -> None:
-        found = self._find(flight)
+        found = self.fetcher.find(flight)
         try:
             with self.guard:
                 if not flight.to_memory:
@@ -195,84 +129,10 @@ class Loader(Generic[T]):
                 self.shelf.release(found)
         announce(flight)
 
-    def _find(self, flight: Flight[T]) -> Held | InPlace:
-        """Return the artifact on this machine, fetched where it was not."""
-        flight.state = "fetching"
-        held = self.shelf.open(flight.model)
-        if held is not None:
-            return held
-        least = 0
-        restarts = 0
-        while True:
-            artifact = self.source.find(flight.model)
-            if artifact.path is not None:
-                return InPlace(artifact.path, artifact.size)
-            try:
-                return self._fetch(flight, artifact, least)
-            except ArtifactChanged:
-                restarts += 1
-                if restarts >= _RESTARTS:
-                    raise
-            except Contention as contention:
-                least = contention.need
-                with self.guard:
-                    self.guard.wait(self.tier.interval)
-
-    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int) -> Held:
-        started = time.monotonic()
-        trip = Trip(flight, self.flights, self.residents)
-        staging = self.shelf.stage(trip, max(artifact.size, least))
-        flight.state = "fetching"
-        try:
-            path = fetch(
-                self.source,
-                artifact,
-                staging,
-                check=lambda: self._check_cancelled(flight),
-                mode=self.shelf.mode,
-            )
-            record = Record(
-                model=flight.model,
-                source=self.source.url,
-                version=artifact.version,
-                single=None if path.is_dir() else path.name,
-                size=_apparent(path),
-                fetched=time.time(),
-                fetch_seconds=time.monotonic() - started,
-            )
-            held = self.shelf.publish(staging, record)
-        except OSError as error:
-            self.shelf.discard(staging)
-            if isinstance(error, ModelCacheError):
-                raise
-            raise _disk_error(error, flight.model, staging.folder, artifact.size, self.shelf.free()) from error
-        except BaseException:
-            self.shelf.discard(staging)
-            raise
-        with self.guard:
-            self.counters.fetches += 1
-            self.counters.fetched_bytes += artifact.size
-        event = Fetched(
-            seq=self.teller.number(),
-            time=record.fetched,
-            model=flight.model,
-            tier="disk",
-            reason=flight.reason,
-            bytes=artifact.size,
-            duration=record.fetch_seconds,
-            version=artifact.version,
-        )
-        self.teller.tell([event])
-        return held
-
-    def _check_cancelled(self, flight: Flight[T]) -> None:
-        if flight.cancelled:
-            raise Cancelled(f"the fetch of {ascii(flight.model)} was told to stop", model=flight.model)
-
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> InPlace | Held:
         """Make room, load and land; return what is still to be released: nothing, once the entry keeps it."""
         need, sure = self._expect(flight.model, found)
-        self._check_cancelled(flight)
+        check_cancelled(flight)
         trip = Trip(flight, self.flights, self.residents)
         before = self.room.admit(trip, flight, need)
         flight.state = "loading"
@@ -292,13 +152,13 @@ class Loader(Generic[T]):
             self.residents.churn += 1
             self.residents.insert(entry)
             self.flights.land(flight, entry)
-            self.counters.loads += 1
-            self.counters.load_seconds += duration
+            self.fetcher.counters.loads += 1
+            self.fetcher.counters.load_seconds += duration
             late = self.closed() and self.residents.doom(entry, Reason.CLOSE)
         self.landed()
         self.teller.tell([self._loaded(flight, size, duration, after)])
         if late:
-            self.room.carry_out([entry])
+            self.unloader.carry_out([entry])
         return InPlace(found.path, found.size)
 
     def _loaded(self, flight: Flight[T], size: int, duration: float, after: Limits) -> Loaded:
@@ -328,11 +188,12 @@ class Loader(Generic[T]):
             size = self.size_of(model, found.path)
         except BaseException as error:
             raise LoadFailed(
-                f"size_of of model {ascii(model)} raised {type(error).__name__}: {error}", model=model
+                f"size_of of model {model!a} raised {type(error).__name__}: {error}", model=model
             ) from error
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        given: object = size  # whatever its annotation says
+        if not isinstance(given, int) or isinstance(given, bool) or given < 0:
             raise LoadFailed(
-                f"size_of of model {ascii(model)} returned {size!r}: it must return bytes, an int of 0 or more",
+                f"size_of of model {model!a} returned {size!r}: it must return bytes, an int of 0 or more",
                 model=model,
             )
         return size, True
@@ -346,36 +207,11 @@ class Loader(Generic[T]):
         except BaseException as error:  # SystemExit too: a loader does not end the server
             clear_frames(error)
             raise LoadFailed(
-                f"load of model {ascii(model)} from {path} raised {type(error).__name__}: {error}", model=model
+                f"load of model {model!a} from {path} raised {type(error).__name__}: {error}", model=model
             ) from error
         if value is None:
             raise LoadFailed(
-                f"load of model {ascii(model)} from {path} returned None: does it end without 'return model'?",
+                f"load of model {model!a} from {path} returned None: does it end without 'return model'?",
                 model=model,
             )
         return value
-
-
-def _apparent(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def _disk_error(error: OSError, model: str, folder: Path, need: int, free: int) -> ModelCacheError:
-    """Return what the file system said while an artifact was written, as an error that says what to do."""
-    where = f"while model {ascii(model)} was written below {folder.parent}"
-    facts: dict[str, Any] = {"model": model}
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return NoRoom(
-            f"the disk is full ({error.strerror}) {where}: {need} bytes to fetch, {free} bytes free; free some, "
-            "raise disk.min_free, or lower disk.budget",
-            tier="disk",
-            need=need,
-            used=0,
-            limit=free,
-            **facts,
-        )
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return AccessDenied(f"no permission ({error.strerror}) {where}: check its owner and mode", **facts)
-    return LoadFailed(f"the disk tier failed ({error}) {where}: check the file system", **facts)

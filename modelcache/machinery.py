@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from modelcache import lifecycle
 from modelcache.calling import check_callable, make_load
+from modelcache.disk.index import Index
+from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.shelf import Held, Shelf
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
-from modelcache.events import Hit, Reason
+from modelcache.events import Hit, Missed, Reason
+from modelcache.fetching import Fetcher
 from modelcache.flights import Cancelled, Flight, Flights
 from modelcache.guard import Guard
 from modelcache.hooks import Hooks
@@ -27,9 +29,9 @@ from modelcache.memory.entries import Entry, Lease
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import MemoryTier
+from modelcache.memory.unloading import Unloader
 from modelcache.monitor import Monitor
 from modelcache.prefetching import Prefetch
-from modelcache.reports import ModelInfo, Stats
 from modelcache.sources import Source, source_from
 from modelcache.telling import Teller
 from modelcache.units import parse_count, parse_seconds
@@ -43,7 +45,7 @@ _log = logging.getLogger("modelcache")
 class Machinery(Generic[T]):
     """The parts of one cache; arguments as of ``ModelCache``, and how it looks a model up."""
 
-    def __init__(  # noqa: PLR0913 - the parts it joins
+    def __init__(
         self,
         source: str | os.PathLike[str] | Source,
         load: Callable[..., T],
@@ -56,7 +58,7 @@ class Machinery(Generic[T]):
         lookup: Callable[[Lease[T]], T],
     ) -> None:
         make = make_load(load)
-        self._unload = None if unload is None else check_callable(unload, "unload", 1)
+        unload = None if unload is None else check_callable(unload, "unload", 1)
         size_of = None if size_of is None else check_callable(size_of, "size_of", 2)
         self.workers = Workers(parse_count(loaders, "loaders"))
         retry_after = parse_seconds(retry_after, "retry_after", zero=True)
@@ -67,25 +69,29 @@ class Machinery(Generic[T]):
         self.hooks = Hooks()
         self.teller = Teller(self.hooks)
         self.closed = False
-        self._warned_of_get = self._unload is None
+        self._warned_of_get = unload is None
         self._inherited: list[Entry[T]] | None = None
         self.residents: Residents[T] = Residents(self.memory.policy, lookup, self._hit, self._released)
-        self.room: Room[T] = Room(
-            self.memory, self.residents, self.guard, self._unload, self._let_go, self.teller.tell, self.teller.number
-        )
+        tell, number = self.teller.tell, self.teller.number
+        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, tell, number)
+        self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, tell, number)
         self.memory.bind(self._retuned)
         self.disk.bind(self.source.url, self._disk_retuned)
-        self.shelf = Shelf(
-            self.disk, self.source.url, self.guard, _Upstairs(self), self.teller.tell, self.teller.number
-        )
+        index = Index(self.source.url, self.disk.policy)
+        self.disk_room = DiskRoom(self.disk, index, self.guard, _Upstairs(self), tell, number)
+        self.shelf = Shelf(self.disk.store, self.source.url, self.guard, index, self.disk_room)
         self.flights: Flights[T] = Flights(self.guard, retry_after)
         self.monitor = Monitor(self._look, self.memory.interval)
+        self.fetcher: Fetcher[T] = Fetcher(
+            self.source, self.shelf, self.flights, self.residents, self.guard, self.teller
+        )
         self.loader: Loader[T] = Loader(
-            source=self.source,
+            fetcher=self.fetcher,
             shelf=self.shelf,
             tier=self.memory,
             residents=self.residents,
             room=self.room,
+            unloader=self.unloader,
             flights=self.flights,
             guard=self.guard,
             teller=self.teller,
@@ -95,7 +101,6 @@ class Machinery(Generic[T]):
             landed=self.monitor.start,
         )
         self.watch_hits()
-        lifecycle.enrol(self)
 
     def watch_hits(self) -> None:
         """Keep the warm path's one flag current: whether a hit must be told, or a ``get`` warned about."""
@@ -120,20 +125,27 @@ class Machinery(Generic[T]):
         """Refuse a lookup from a signal handler or finalizer that interrupted a decision of its own thread."""
         if self.guard.busy:
             raise ModelCacheError(
-                f"lookup of {ascii(model)} from a signal handler or __del__ in the middle of the cache's own decision: "
+                f"lookup of {model!a} from a signal handler or __del__ in the middle of the cache's own decision: "
                 "hand it to another thread",
                 model=model,
             )
+
+    def missed(self, model: str) -> Missed:
+        """Book a lookup that was no hit, and return the event for it; the guard is held."""
+        self.residents.missed(model)
+        tier = "disk" if model in self.shelf.index.present() else "source"
+        return Missed(seq=self.teller.number(), time=time.time(), model=model, tier=tier, reason=Reason.REQUEST)
 
     def give_to_worker(self, flight: Flight[T], *, urgent: bool) -> None:
         """Have a thread of the cache run a flight."""
         try:
             self.workers.submit(functools.partial(self.loader.run, flight), urgent=urgent)
         except RuntimeError as error:  # stopped, or the interpreter is ending
-            failure = CacheClosed(f"no thread for {ascii(flight.model)}: {error}", model=flight.model)
-            self._abandon(flight, failure)
+            failure = CacheClosed(f"no thread for {flight.model!a}: {error}", model=flight.model)
+            self.abandon(flight, failure)
 
-    def _abandon(self, flight: Flight[T], error: ModelCacheError) -> None:
+    def abandon(self, flight: Flight[T], error: ModelCacheError) -> None:
+        """End a flight that no thread has begun."""
         with self.guard:
             mine = self.flights.claim(flight)
         if mine:
@@ -143,7 +155,7 @@ class Machinery(Generic[T]):
         """Bring one model in for a prefetch, unless it is there already."""
         with self.guard:
             there = model in self.residents.resident or self.residents.rescue(model) is not None
-            there = there or (not to_memory and model in self.shelf.items())
+            there = there or (not to_memory and model in self.shelf.index.present())
             failure = None if there else self.flights.failure(model)
             flight, new = None, False
             if not there and failure is None:
@@ -166,7 +178,7 @@ class Machinery(Generic[T]):
                 flight.cancelled = flight.cancelled or unwanted
                 self.guard.notify()
             if unwanted:
-                self._abandon(flight, Cancelled(f"the prefetch of {ascii(model)} was cancelled", model=model))
+                self.abandon(flight, Cancelled(f"the prefetch of {model!a} was cancelled", model=model))
 
     def drop(self, model: str, reason: Reason) -> bool:
         """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""
@@ -178,7 +190,7 @@ class Machinery(Generic[T]):
             leaving = any(other.model == model for other in self.residents.leaving)
             retired = entry is not None and self.residents.doom(entry, reason)
         if entry is not None and retired:
-            self.room.carry_out([entry])
+            self.unloader.carry_out([entry])
         gone = not leaving and (entry is None or retired)
         if reason is Reason.DELETE and entry is None:
             gone = self.shelf.delete(model) and gone
@@ -189,7 +201,7 @@ class Machinery(Generic[T]):
 
     def _on_disk(self, model: str) -> bool:
         with self.guard:
-            return model in self.shelf.items()
+            return model in self.shelf.index.present()
 
     def _let_go(self, entry: Entry[T]) -> None:
         """Give back what an entry kept on disk, now that it has left memory."""
@@ -201,7 +213,7 @@ class Machinery(Generic[T]):
 
     def _released(self, entry: Entry[T]) -> None:
         self.room.release(entry)
-        self._finish()
+        self.finish()
         self.teller.pass_on()
 
     def _retuned(self) -> None:
@@ -211,7 +223,7 @@ class Machinery(Generic[T]):
 
     def _disk_retuned(self) -> None:
         self.settle()
-        self.shelf.shrink()
+        self.disk_room.shrink()
         self.teller.pass_on()
 
     def _look(self) -> bool:
@@ -220,117 +232,7 @@ class Machinery(Generic[T]):
         with self.guard:
             return bool(self.residents.resident or self.residents.doomed)
 
-    def models(self) -> list[ModelInfo]:
-        """Return a row for each model in a tier, sorted by id."""
-        self.settle()
-        with self.guard:
-            self.residents.drain()
-            rows: dict[str, ModelInfo] = {}
-            for model, item in self.shelf.items().items():
-                flight = self.flights.active.get(model)
-                rows[model] = ModelInfo(
-                    model=model,
-                    tier="disk",
-                    state="on disk" if flight is None or flight.state == "queued" else flight.state,
-                    bytes=item.published.bytes,
-                    leases=0,
-                    hits=self.residents.booked_hits(model),
-                    last_used=item.used,
-                )
-            for entry in [*self.residents.leaving, *self.residents.entries()]:
-                rows[entry.model] = ModelInfo(
-                    model=entry.model,
-                    tier="memory",
-                    state="unloading" if entry.retired else "in memory",
-                    bytes=entry.bytes,
-                    leases=len(entry.holds),
-                    hits=entry.hits,
-                    last_used=entry.used,
-                )
-        return [rows[model] for model in sorted(rows)]
-
-    def stats(self) -> Stats:
-        """Return all figures at this moment."""
-        self.settle()
-        limits = self.memory.limits()
-        disk_budget = self.disk.budget
-        with self.guard:
-            residents, done = self.residents, self.loader.counters
-            residents.drain()
-            entries = residents.entries()
-            return Stats(
-                hits=residents.hits,
-                misses=residents.misses,
-                loads=done.loads,
-                load_seconds=done.load_seconds,
-                fetches=done.fetches,
-                fetched_bytes=done.fetched_bytes,
-                failures=done.failures,
-                evictions=self.room.evictions,
-                disk_evictions=self.shelf.evictions,
-                models=len(entries),
-                leases=sum(len(entry.holds) for entry in entries),
-                waiters=sum(len(flight.waiters) for flight in self.flights.active.values()),
-                memory_used=limits.reading.used if limits.reading else None,
-                memory_limit=limits.reading.limit if limits.reading else None,
-                memory_high=limits.high,
-                memory_low=limits.low,
-                memory_models=residents.tracked(),
-                memory_reserved=sum(residents.reserved.values()),
-                disk_used=self.shelf.used(),
-                disk_budget=disk_budget,
-                hook_errors=self.hooks.errors,
-                events_dropped=self.hooks.dropped,
-                unload_errors=self.room.unload_errors,
-            )
-
-    def close(self, timeout: float | None) -> bool:
-        """See ``ModelCache.close``."""
-        if self.guard.busy:  # a signal handler interrupted a decision of this very thread: it must end first
-            threading.Thread(target=self.close, args=(timeout,), name="modelcache-close").start()
-            self.closed = True
-            return False
-        self.settle()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._stop_flights_nobody_waits_for()
-        self._unload_all()
-        self._await_flights(deadline)
-        left = 3600.0 if deadline is None else max(deadline - time.monotonic(), 0.1)
-        ended = self.workers.stop(left) & self.monitor.stop(left) & self.hooks.close(left)
-        gone = self._finish() and ended
-        self.teller.pass_on()
-        return gone
-
-    def _stop_flights_nobody_waits_for(self) -> None:
-        with self.guard:
-            self.closed = True
-            flights = list(self.flights.active.values())
-            idle = [flight for flight in flights if not flight.waiters]
-            for flight in idle:
-                flight.cancelled = True
-            self.guard.notify()
-        for flight in idle:
-            self._abandon(flight, CacheClosed(f"the cache was closed before {ascii(flight.model)} was begun"))
-
-    def _unload_all(self) -> None:
-        with self.guard:
-            self.residents.drain()
-            retired = [entry for entry in self.residents.entries() if self.residents.doom(entry, Reason.CLOSE)]
-        self.room.carry_out(retired)
-
-    def _await_flights(self, deadline: float | None) -> None:
-        """Wait for flights and unloads of others; those that outlast the deadline are told to stop."""
-        me = threading.get_ident()
-        with self.guard:
-            while busy := [flight for flight in self.flights.active.values() if flight.thread != me]:
-                left = 1.0 if deadline is None else deadline - time.monotonic()
-                if left <= 0:
-                    for flight in busy:
-                        flight.cancelled = True
-                    return
-                self.guard.wait(min(left, 1.0))
-
-    def _finish(self) -> bool:
+    def finish(self) -> bool:
         """Remove the temporary folder once a closed cache has nothing left; return whether it has nothing left."""
         if not self.closed:
             return False
@@ -341,15 +243,7 @@ class Machinery(Generic[T]):
         self.shelf.close()
         return True
 
-    def before_fork(self) -> None:
-        """Make sure that no decision is half made."""
-        self.guard.__enter__()
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-        self.guard.__exit__(None, None, None)
-
-    def after_fork_in_child(self) -> None:
+    def reset_after_fork(self) -> None:
         """Forget threads that do not exist here; what the parent had loaded is served from the first lookup on."""
         self.guard.reset_after_fork()
         self.hooks.reset_after_fork()

@@ -57,7 +57,7 @@ class Workers:
         while (job := self._next()) is not None:
             try:
                 job()
-            except BaseException:  # a job reports its own errors: this is a bug, and must not cost the thread
+            except BaseException:  # noqa: BLE001 - a job reports its own errors: this is a bug, and must not cost the thread
                 _log.exception("a job of the cache failed")
             del job  # an idle thread must not keep a model alive
 

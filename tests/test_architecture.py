@@ -37,9 +37,12 @@ ORDER = (
     "memory",
     "flights",
     "workers",
+    "fetching",
     "loading",
     "lifecycle",
     "machinery",
+    "census",
+    "closing",
     "cache",
 )
 MAY_IMPORT = {"sinks": {"errors", "units", "events", "hooks"}}

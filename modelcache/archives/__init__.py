@@ -18,7 +18,8 @@ are not taken over. ``._*`` files and inner archives are files like others.
 """
 
 from modelcache.archives.decode import Readable
-from modelcache.archives.job import Limits
+from modelcache.archives.job import Job, Limits
 from modelcache.archives.unpacking import unpack
+from modelcache.archives.writer import Writer
 
-__all__ = ["Limits", "Readable", "unpack"]
+__all__ = ["Job", "Limits", "Readable", "Writer", "unpack"]

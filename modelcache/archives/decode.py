@@ -6,7 +6,6 @@ bytes after the end is in the package's docstring.
 """
 
 import io
-import re
 import sys
 import zlib
 from typing import Any, Protocol
@@ -161,13 +160,13 @@ def _load_zstd(model: str) -> tuple[Any, type[Exception]]:
     """Return a maker of zstd engines and the error they raise."""
     if sys.version_info >= (3, 14):
         try:
-            from compression import zstd  # late: Python may be built without it
+            from compression import zstd  # noqa: PLC0415 - Python may be built without it
         except ImportError:
             pass
         else:
             return lambda: _Zstd(zstd.ZstdDecompressor(), bounded=True), zstd.ZstdError
     try:
-        import zstandard  # late: an extra
+        import zstandard  # noqa: PLC0415 - an extra
     except ImportError as error:
         text = f"model {shown(model)} is zstd-compressed, which this Python can't read: install modelcache[zstd]"
         raise ConfigError(text, model=model, setting="zstd") from error
@@ -191,7 +190,7 @@ class Decoded(io.RawIOBase):
         self._engine: Engine | None = None
         self._make: Any = _Gzip
         self._errors: tuple[type[Exception], ...] = (zlib.error,)
-        self._magic: re.Pattern[bytes] = GZIP_MAGIC
+        self._magic = GZIP_MAGIC
         if kind is Kind.ZSTD:
             self._make, error = _load_zstd(job.model)
             self._errors, self._magic = (error,), ZSTD_MAGIC

@@ -4,8 +4,6 @@ Covers what can be known without looking at the disk; ``writer`` keeps the disk 
 folder starts empty and belongs to the process, so the tree is all there is in it.
 """
 
-from __future__ import annotations
-
 import attrs
 
 from modelcache.archives.job import Job
@@ -27,16 +25,16 @@ class Node:
         names: bytes that the names in a folder take up.
     """
 
-    parent: Node | None
+    parent: "Node | None"
     member: str = ""
     folder: bool = False
-    kids: dict[str, Node] = attrs.field(factory=dict)
+    kids: "dict[str, Node]" = attrs.field(factory=dict)
     goal: str | None = None
     charged: int = 0
     names: int = 0
-    _final: Node | None = None
+    _final: "Node | None" = None
 
-    def resolve(self, job: Job, hops: int = 1) -> Node:
+    def resolve(self, job: Job, hops: int = 1) -> "Node":
         """Return the file or folder that this link leads to, as the kernel would find it.
 
         Raises:
@@ -49,7 +47,7 @@ class Node:
             self._final = self._walk(job, hops)
         return self._final
 
-    def _walk(self, job: Job, hops: int) -> Node:
+    def _walk(self, job: Job, hops: int) -> "Node":
         here = self.parent or self
         for part in (self.goal or "").split("/"):
             if not here.folder:

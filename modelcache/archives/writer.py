@@ -35,12 +35,12 @@ class Writer:
     """
 
     def __init__(self, target: Path, job: Job, grow: Callable[[int], None], mode: int) -> None:
-        self._target = os.fspath(target)
+        self._target = target
         self._job = job
         self._grow = grow
         self._mode = mode | 0o700  # we must be able to fill it and to delete it
         self._root = Node(parent=None, folder=True, charged=BLOCK)
-        self._links: dict[Node, str] = {}
+        self._links: dict[Node, Path] = {}
         self._members = 0
 
     def folder(self, name: str) -> None:
@@ -76,7 +76,7 @@ class Writer:
             raise self._job.unsafe("a hard link to something that is no earlier file of this archive", name)
         if self._find(split(name, self._job)) is old:
             return
-        source = f"{self._target}/{'/'.join(parts)}"
+        source = self._target.joinpath(*parts)
         node, path = self._leaf(name)
         node.charged = old.charged  # what is given back once its last name goes
         try:
@@ -99,13 +99,13 @@ class Writer:
         for node, path in self._links.items():
             self._grow(BLOCK)
             with self._storing(node.member):
-                os.symlink(node.goal or "", path)
+                path.symlink_to(node.goal or "")
 
     @contextlib.contextmanager
-    def _create(self, node: Node, path: str, *, program: bool) -> Iterator[Callable[[bytes], None]]:
+    def _create(self, node: Node, path: Path, *, program: bool) -> Iterator[Callable[[bytes], None]]:
         with self._storing(node.member):
             handle = os.open(path, _NEW, 0o600)
-        with open(handle, "wb", buffering=0) as file:
+        with os.fdopen(handle, "wb", buffering=0) as file:
             os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
             size = 0
 
@@ -134,17 +134,17 @@ class Writer:
         return here
 
     def _folder(self, parts: tuple[str, ...], member: str) -> Node:
-        here, path = self._root, self._target
-        for part in parts:
-            path = f"{path}/{part}"
+        here = self._root
+        for depth, part in enumerate(parts, 1):
             kid = here.kids.get(part)
             if kid is None:
                 self._count(member)
                 kid = self._add(here, part, Node(parent=here, member=member, folder=True, charged=BLOCK))
                 self._grow(BLOCK)
+                path = self._target.joinpath(*parts[:depth])
                 with self._storing(member):
-                    os.mkdir(path, 0o700)
-                os.chmod(path, self._mode)  # whatever the umask, and the archive's own mode
+                    path.mkdir(0o700)
+                path.chmod(self._mode)  # whatever the umask, and the archive's own mode
             elif kid.goal is not None:
                 raise self._job.unsafe("a member below a symbolic link, or a folder of the same name", member)
             elif not kid.folder:
@@ -152,7 +152,7 @@ class Writer:
             here = kid
         return here
 
-    def _leaf(self, name: str) -> tuple[Node, str]:
+    def _leaf(self, name: str) -> tuple[Node, Path]:
         """Return the new node and the path of a file or link; an earlier one of that name is removed."""
         parts = split(name, self._job)
         if not parts:
@@ -161,7 +161,7 @@ class Writer:
         if (old := parent.kids.get(parts[-1])) is not None:
             self._remove(old, parts, name)
         node = self._add(parent, parts[-1], Node(parent=parent, member=name))
-        return node, f"{self._target}/{'/'.join(parts)}"
+        return node, self._target.joinpath(*parts)
 
     def _add(self, parent: Node, part: str, node: Node) -> Node:
         if part not in parent.kids:
@@ -177,17 +177,17 @@ class Writer:
             raise self._job.corrupt("a file and a folder of one name", member)
         if self._links.pop(node, None) is not None:
             return
-        path = f"{self._target}/{'/'.join(parts)}"
-        last = os.lstat(path).st_nlink == 1
-        os.unlink(path)
+        path = self._target.joinpath(*parts)
+        last = path.lstat().st_nlink == 1
+        path.unlink()
         if last and node.charged:
             self._grow(-node.charged)
 
-    def _copy(self, source: str, path: str, node: Node) -> None:
+    def _copy(self, source: Path, path: Path, node: Node) -> None:
         """Copy a file: for file systems without hard links, or with too many of them."""
         node.charged = 0
-        program = bool(os.lstat(source).st_mode & 0o100)
-        with open(source, "rb") as old, self._create(node, path, program=program) as write:
+        program = bool(source.lstat().st_mode & 0o100)
+        with source.open("rb") as old, self._create(node, path, program=program) as write:
             while data := old.read(CHUNK):
                 self._job.count(len(data), node.member)
                 write(data)

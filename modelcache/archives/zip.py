@@ -67,7 +67,7 @@ def _spooled(source: Source, spool: Path, grow: Callable[[int], None]) -> Iterat
     spool.unlink(missing_ok=True)
     handle = os.open(spool, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with open(handle, "w+b") as file:
+        with os.fdopen(handle, "w+b") as file:
             while data := source.read(CHUNK):
                 size += len(data)
                 if size > charged:

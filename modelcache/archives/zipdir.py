@@ -122,6 +122,8 @@ def _check_entries(file: BinaryIO, directory: Directory, job: Job) -> None:
         count += 1
         if count > job.limits.members:
             raise job.unsafe(f"more than {job.limits.members} members")
+    if not count:
+        raise job.corrupt("a zip without entries", offset=directory.start)
     if at != len(data) or count % 2**16 != directory.entries % 2**16:
         raise job.corrupt("a damaged zip directory: its entries don't add up", offset=directory.start + at)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import attrs
 
+from modelcache.disk.files import allocated, make_folder, same, sweep_one, sync, sync_tree
 from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record
 from modelcache.errors import AccessDenied, ConfigError
 
@@ -91,7 +92,7 @@ class Store:
     def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
         for folder in (self._models, self.path / "tmp"):
-            _make_folder(folder, self.mode)
+            make_folder(folder, self.mode)
             self._check_owner(folder)
         workshop = self._open_workshop()
         marker = self.path / "modelcache.json"
@@ -137,7 +138,7 @@ class Store:
         """Make this process's own folder under ``tmp/``, locked, so that others can tell it from leftovers."""
         while True:
             workshop = self.path / "tmp" / secrets.token_hex(8)
-            _make_folder(workshop, self.mode)
+            make_folder(workshop, self.mode)
             descriptor = os.open(workshop, _FOLDER)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +152,7 @@ class Store:
                     setting="path",
                     value=str(self.path),
                 ) from error
-            if _same(descriptor, workshop):
+            if same(descriptor, workshop):
                 self._workshop, self._workshop_lock = workshop, descriptor
                 return workshop
             os.close(descriptor)  # a sweeper took it between its creation and the lock
@@ -184,8 +185,8 @@ class Store:
     def stage(self) -> Path:
         """Return a new empty folder to build an artifact in, with ``artifact/`` in it."""
         folder = self.workshop() / secrets.token_hex(8)
-        _make_folder(folder, self.mode)
-        _make_folder(folder / ARTIFACT, self.mode)
+        make_folder(folder, self.mode)
+        make_folder(folder / ARTIFACT, self.mode)
         return folder
 
     def seal(self, staged: Path, record: Record) -> int:
@@ -197,20 +198,20 @@ class Store:
         text = staged / RECORD
         text.write_text(record.to_json())
         text.chmod(self.mode & 0o666)
-        _sync_tree(staged)
+        sync_tree(staged)
         return allocated(staged)
 
     def publish(self, staged: Path, prefix: str) -> Path:
         """Make a sealed folder visible to all processes; return where it lies now."""
         folder = self._models / f"{prefix}{secrets.token_hex(4)}"
         staged.rename(folder)
-        _sync(self._models)
+        sync(self._models)
         return folder
 
     def names(self) -> set[str]:
         """Return the names of all published folders."""
         try:
-            return set(os.listdir(self._models))
+            return {folder.name for folder in self._models.iterdir()}
         except FileNotFoundError:
             return set()
 
@@ -218,7 +219,7 @@ class Store:
         """Return the published folder of that name; None where it is gone, damaged or not ours to trust."""
         folder = self._models / name
         try:
-            status = os.stat(folder, follow_symlinks=False)
+            status = folder.lstat()
             record = Record.from_json((folder / RECORD).read_text())
             if record is None or not stat.S_ISDIR(status.st_mode) or not os.path.lexists(record.path(folder)):
                 return None
@@ -234,7 +235,7 @@ class Store:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if _same(descriptor, folder):
+            if same(descriptor, folder):
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)  # the folder's own time is its recency, for the next start
                 return Pin(descriptor)
@@ -257,7 +258,7 @@ class Store:
             return True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _same(descriptor, folder):
+            if not same(descriptor, folder):
                 return True
             aside = self.workshop() / secrets.token_hex(8)
             folder.rename(aside)
@@ -276,12 +277,11 @@ class Store:
 
     def sweep(self) -> None:
         """Delete what dead processes, and only they, left under ``tmp/``."""
-        for name in os.listdir(self.path / "tmp"):
-            leftover = self.path / "tmp" / name
+        for leftover in (self.path / "tmp").iterdir():
             if leftover == self._workshop:
                 continue
             with contextlib.suppress(OSError):
-                _sweep_one(leftover)
+                sweep_one(leftover)
 
     def free(self) -> int:
         """Return the bytes that the file system has left for this user."""
@@ -292,73 +292,6 @@ class Store:
         """Return the size of the file system in bytes."""
         status = os.statvfs(self.path)
         return status.f_blocks * status.f_frsize
-
-
-def allocated(folder: Path) -> int:
-    """Return the bytes that the file system allocated for a folder and all that is in it."""
-    total = os.stat(folder, follow_symlinks=False).st_blocks * 512
-    seen: set[int] = set()
-    for entry in _walk(folder):
-        status = entry.stat(follow_symlinks=False)
-        if status.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
-            if status.st_ino in seen:
-                continue
-            seen.add(status.st_ino)
-        total += status.st_blocks * 512
-    return total
-
-
-def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path))
-
-
-def _sync_tree(folder: Path) -> None:
-    for entry in _walk(folder):
-        if not entry.is_symlink():
-            _sync(Path(entry.path))
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folder(folder: Path, mode: int) -> None:
-    try:
-        folder.mkdir(mode=mode)
-    except FileExistsError:
-        return
-    folder.chmod(mode)  # the umask of the moment is not the tier's policy
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still names the folder behind ``descriptor``."""
-    try:
-        now = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    then = os.fstat(descriptor)
-    return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
-
-
-def _sweep_one(leftover: Path) -> None:
-    descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink()
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -52,13 +52,7 @@ class DiskTier:
         self._budget = _parse_budget(budget)
         self._min_free = parse_size(min_free, "min_free", zero=True)
         self.policy = make_policy(policy, "policy")
-        if not isinstance(mode, int) or isinstance(mode, bool) or mode & ~0o777 or mode & 0o700 != 0o700:  # noqa: PLR2004 - permission bits
-            raise ConfigError(
-                f"mode={mode!r} must be permission bits that give the owner all, like 0o700 or 0o770",
-                setting="mode",
-                value=mode,
-            )
-        self._mode = mode
+        self._mode = _check_mode(mode)
         self._store: Store | None = None
         self._changed: Callable[[], None] | None = None
         if path is not None:
@@ -127,6 +121,16 @@ class DiskTier:
         if self._store is None:
             self._open(_default_folder(source))
         self._changed = changed
+
+
+def _check_mode(mode: object) -> int:
+    if isinstance(mode, int) and not isinstance(mode, bool) and mode & ~0o777 == 0 and mode & 0o700 == 0o700:  # noqa: PLR2004 - bits
+        return mode
+    raise ConfigError(
+        f"mode={mode!r} must be permission bits that give the owner all, like 0o700 or 0o770",
+        setting="mode",
+        value=mode,
+    )
 
 
 def _parse_budget(value: int | str | None) -> Size | None:

@@ -7,12 +7,11 @@ Every method here runs under the guard and does nothing but decide: what is to b
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Generic, TypeVar
-
-import attrs
+from typing import Generic, TypeVar
 
 from modelcache.events import Reason
 from modelcache.memory.entries import Entry, Lease
+from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits
 from modelcache.policies import Policy, Resident
 
@@ -21,41 +20,6 @@ T = TypeVar("T")
 _USES = 2**17  # notes of use between two drains; beyond it the oldest are lost, and hit counts read low
 _TOLD = 10_000  # uses of one drain that the policy hears of; older ones only count
 _NOISE = 2**20  # bytes by which a process grows and shrinks on its own, so that less measures nothing
-
-
-@attrs.frozen
-class Shortage:
-    """What one decision lacks; amounts of 0 or less lack nothing.
-
-    Attributes:
-        fits: whether it may go ahead now.
-        over_high: bytes that must leave memory for the watermark, what is leaving not counted.
-        over_budget: bytes that must leave for the budget.
-        over_count: models that must leave for ``max_models``.
-        reason: which limit is exceeded first.
-        figures: the reading and threshold that say so, as fields of an event.
-    """
-
-    fits: bool
-    over_high: int
-    over_budget: int
-    over_count: int
-    reason: Reason
-    figures: dict[str, int]
-
-    @property
-    def met(self) -> bool:
-        """Whether nothing more must leave."""
-        return self.over_high <= 0 and self.over_budget <= 0 and self.over_count <= 0
-
-    def after(self, entry: Entry[Any]) -> "Shortage":
-        """Return what is still lacking once ``entry`` leaves; what came before a fork gives nothing back."""
-        return attrs.evolve(
-            self,
-            over_high=self.over_high - (0 if entry.inherited else entry.bytes),
-            over_budget=self.over_budget - entry.bytes,
-            over_count=self.over_count - 1,
-        )
 
 
 class Residents(Generic[T]):
@@ -81,7 +45,8 @@ class Residents(Generic[T]):
         self.hit = hit
         self.released = released
         self.resident: dict[str, Entry[T]] = {}
-        self.uses: deque[Entry[T]] = deque(maxlen=_USES)
+        self._uses: deque[Entry[T]] = deque(maxlen=_USES)
+        self.note = self._uses.append
         self.watched = False
         self.short = False
         self.doomed: dict[str, Entry[T]] = {}
@@ -103,7 +68,7 @@ class Residents(Generic[T]):
 
     def drain(self) -> None:
         """Book the uses noted since the last time: hits, last use, standing."""
-        uses = self.uses
+        uses = self._uses
         batch = []
         for _ in range(len(uses)):
             try:
@@ -272,17 +237,17 @@ class Residents(Generic[T]):
 
     def holders(self, among: Collection[str] | None = None) -> tuple[tuple[str, int, float], ...]:
         """Return ``(model, leases, age of the oldest in seconds)`` of each leased model, oldest lease first."""
-        now = time.monotonic()
         found = []
         for entry in self.entries():
-            holds = list(entry.holds.values())
-            if holds and (among is None or entry.model in among):
-                found.append((entry.model, len(holds), now - min(since for _, since in holds)))
+            if among is None or entry.model in among:
+                ages = entry.ages()
+                if ages:
+                    found.append((entry.model, len(ages), max(ages)))
         return tuple(sorted(found, key=lambda holder: -holder[2]))
 
     def holding_threads(self) -> set[int]:
         """Return the idents of the threads that took the leases held now."""
-        return {thread for entry in self.entries() for thread, _ in list(entry.holds.values())}
+        return {thread for entry in self.entries() for thread in list(entry.holds.values())}
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
@@ -304,11 +269,11 @@ class Residents(Generic[T]):
         ``resident`` is empty from here until ``restore``, so that the first lookup takes the slow path.
         """
         entries = self.entries()
+        self.drain()
         for entry in entries:
             entry.inherited = True
-            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold[0] == thread}
-        self.resident = {}
-        self.uses = deque(maxlen=_USES)
+            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold == thread}
+        self.resident.clear()  # the same dict: the warm path keeps it
         self.orphans = deque()
         self.leaving = set()
         self.reserved = {}
@@ -318,4 +283,4 @@ class Residents(Generic[T]):
 
     def restore(self, entries: Iterable[Entry[T]]) -> None:
         """Let lookups in a child find what the parent had loaded."""
-        self.resident = {entry.model: entry for entry in entries if entry.doomed is None}
+        self.resident.update({entry.model: entry for entry in entries if entry.doomed is None})

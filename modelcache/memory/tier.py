@@ -61,7 +61,7 @@ class MemoryTier:
     A tier serves one cache.
     """
 
-    def __init__(  # noqa: PLR0913 - the public contract
+    def __init__(
         self,
         high: int | str = "80%",
         low: int | str | None = None,

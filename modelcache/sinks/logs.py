@@ -32,20 +32,19 @@ def log(
 
     ::
 
-        sinks.log(cache)
         # INFO modelcache: evicted 'fraud/v3' 1.2 GiB (memory): watermark, used 5.9 GiB + 1.0 GiB > 6.4 GiB
 
     The fields are ``event.to_dict()``, JSON-ready. A failed fetch, load or unload is logged as WARNING at least.
 
-    Concurrency: lines are written on the thread that caused the event, by the application's handlers, with no lock
-    of the cache held; with ``background``, on the one thread for background callbacks, which drops what is too much.
+    Concurrency: lines are written on the thread that caused the event, with no lock of the cache held; with
+    ``background``, on the one thread for background callbacks.
 
     Args:
         cache: anything with ``on(event_type, callback, background=...)``.
         logger: a logger or its name.
         level: of all other lines.
-        background: write them on the background thread.
-        hits: also log ``Hit`` and ``Missed``, one line a lookup. Without it, ``Hit`` is not even made.
+        background: write them on the background thread, which drops what is too much.
+        hits: also log ``Hit`` and ``Missed``. Without it, ``Hit`` is not even made.
 
     Returns:
         The callback, for ``cache.off``.
@@ -53,10 +52,8 @@ def log(
     Raises:
         ConfigError: ``logger`` or ``level`` is of another type.
     """
-    if not isinstance(logger, str | logging.Logger):
-        raise ConfigError(f"logger={logger!r:.100} must be a logger or its name", setting="logger", value=logger)
+    target = _logger(logger)
     _check_level(level)
-    target = logging.getLogger(logger) if isinstance(logger, str) else logger
 
     def write(event: Event) -> None:
         severity = max(level, logging.WARNING) if _went_wrong(event) else level
@@ -66,6 +63,14 @@ def log(
     for event_type in _types(hits=hits):
         cache.on(event_type, write, background=background)
     return write
+
+
+def _logger(logger: object) -> logging.Logger:
+    if isinstance(logger, str):
+        return logging.getLogger(logger)
+    if not isinstance(logger, logging.Logger):
+        raise ConfigError(f"logger={logger!r:.100} must be a logger or its name", setting="logger", value=logger)
+    return logger
 
 
 def _check_level(level: object) -> None:

@@ -26,7 +26,7 @@ def source_from(value: object) -> Source:
     if isinstance(value, Source) and not isinstance(value, type):
         return value
     raise ConfigError(
-        f"source={value!r:.200} is no source: give an s3:// or file:// URL, a folder, or an object with url, find and open",
+        f"source={value!r:.200} is no source: give an s3:// or file:// URL, a folder, or a Source",
         setting="source",
         value=value,
     )

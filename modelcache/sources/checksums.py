@@ -88,7 +88,8 @@ def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
         directory_bucket: whether the object is in one (``--x-s3``).
     """
     found: dict[str, str] = {}
-    composite = answer.get("ChecksumType") == "COMPOSITE"
+    of_parts = "-" in str(answer.get("ETag", ""))
+    composite = answer.get("ChecksumType", "COMPOSITE" if of_parts else "FULL_OBJECT") != "FULL_OBJECT"
     for algorithm, size in _DIGEST_BYTES.items():
         value = answer.get(f"Checksum{algorithm}")
         if isinstance(value, str) and not composite and (digest := _to_hex(value, size)):

@@ -5,7 +5,6 @@ The rules by which an id becomes a name are in ``keys``, the same as for S3. Cop
 """
 
 import errno
-import hashlib
 import io
 import os
 import re
@@ -77,7 +76,7 @@ class LocalSource:
         """
         tried = []
         with self._mapped(model, self._folder):
-            root = self._folder.resolve(strict=False)
+            root = Path(os.path.realpath(self._folder, strict=True))
             if not stat.S_ISDIR(root.stat().st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, "is no folder")
         for key in self._rule.keys(model):
@@ -213,7 +212,7 @@ def _version(status: os.stat_result) -> str:
 
 def _judge(error: OSError, model: str, url: str, path: Path, pinned: str | None) -> ModelCacheError:
     """Return what an error of the operating system means."""
-    said = f"model {model!r}: {path}: {error.strerror or type(error).__name__}"
+    said = f"model {model!r}: {error.filename or path}: {error.strerror or type(error).__name__}"
     if pinned is not None and error.errno in (*_MISSING, errno.ENXIO, errno.ESTALE):
         text = f"{said}; it was moved or deleted while it was read"
         return ArtifactChanged(text, model=model, source=url, version=pinned)

@@ -116,7 +116,7 @@ class S3Source:
             try:
                 if key.endswith("/"):
                     return self._find_prefix(place, full)
-                return self._find_object(place, full, pin, last=position == len(keys) - 1)
+                return self._find_object(place, full, pin, last=bool(pin) or position == len(keys) - 1)
             except ModelNotFound:
                 continue
         version = f" (version {pin})" if pin else ""

@@ -93,7 +93,11 @@ _SETTINGS = {
     "UnsupportedS3ArnError",
     "UnsupportedS3ConfigurationError",
 }
-_CONNECTION = {"HTTPClientError", "IncompleteReadError"}  # their subclasses too: timeouts, resets, TLS, DNS
+_CONNECTION = {
+    "ConnectionError",
+    "HTTPClientError",
+    "IncompleteReadError",
+}  # their subclasses too: timeouts, resets, TLS, DNS
 _BUSY = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout", "InternalError"}
 _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "307"}
 _MISSING = {"NoSuchKey", "NoSuchVersion", "404"}

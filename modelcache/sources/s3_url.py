@@ -79,6 +79,6 @@ def _problem(bucket: str, prefix: str, *, is_arn: bool) -> str | None:
         return f"has no valid bucket name ({bucket!r:.100})"
     if "?versionid=" in prefix.lower():
         return "names a version; give version=, a function from model id to VersionId"
-    if "" in prefix.split("/")[:-1] or any(ord(character) < 32 for character in prefix):  # noqa: PLR2004 - C0
+    if (prefix and "" in prefix.split("/")) or any(ord(character) < 32 for character in prefix):  # noqa: PLR2004 - C0
         return f"has an empty part or a control character in its prefix ({prefix!r:.100})"
     return None

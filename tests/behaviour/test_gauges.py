@@ -497,7 +497,7 @@ def test_odd_base_exceptions_do_not_pass() -> None:
 )
 def test_not_a_gauge_is_refused(bad: Any) -> None:
     """What has no read(), and a class instead of an instance, is refused."""
-    with pytest.raises(ConfigError, match="read()"):
+    with pytest.raises(ConfigError, match=r"read\(\)"):
         SafeGauge(bad)
 
 

@@ -503,20 +503,22 @@ def test_close_counts_what_no_thread_could_deliver(monkeypatch: pytest.MonkeyPat
 
 def test_dropped_hooks_end_their_thread() -> None:
     """Hooks that nobody holds any more are collected, though their thread waits, and it ends."""
-    hooks = Hooks()
-    hooks.on(Evicted, lambda event: hooks.errors, background=True)  # a circle, as with a callback of a cache
-    hooks.emit([evicted()])
-    thread = hooks._background._thread
-    assert thread is not None
-    gone = weakref.ref(hooks)
     entered = threading.Event()
-    hooks.on(Loaded, lambda event: entered.set(), background=True)
-    hooks.emit([Loaded(seq=2, time=0.0)])
-    assert entered.wait(WAIT)  # so the first callback has returned
-    del hooks
+
+    def start() -> tuple[threading.Thread, weakref.ref[Hooks]]:
+        hooks = Hooks()
+
+        hooks.on(Evicted, lambda event: hooks.errors, background=True)  # a circle, as with a callback of a cache
+        hooks.on(Loaded, lambda event: entered.set(), background=True)
+        hooks.emit([evicted(), Loaded(seq=2, time=0.0)])
+        thread = hooks._background._thread
+        assert thread is not None
+        return thread, weakref.ref(hooks)
+
+    thread, gone = start()
+    assert entered.wait(WAIT)  # so the callback before has returned
     gc.collect()
     thread.join(WAIT)
-    gc.collect()
     assert not thread.is_alive()
     assert gone() is None
 

@@ -214,7 +214,9 @@ def test_only_user_objects_are_guarded() -> None:
 @pytest.mark.parametrize("bad", ["LRU", "worst", "", None, 3, object(), Newest, mock.Mock(spec=["victims"])], ids=repr)
 def test_anything_else_is_refused(bad: Any) -> None:
     """Other names, and objects or classes that are no policy, are refused with all that is allowed."""
-    with pytest.raises(ConfigError, match='disk.policy=.*"lru", "lfu", "fifo".*requested, admitted, removed, victims'):
+    with pytest.raises(
+        ConfigError, match=r'disk\.policy=.*"lru", "lfu", "fifo".*requested, admitted, removed, victims'
+    ):
         make_policy(bad, "disk.policy")
 
 

@@ -137,7 +137,7 @@ def test_bad_settings_are_refused(hooks: Hooks, settings: dict[str, Any]) -> Non
 def test_silent_unless_logging_is_set_up() -> None:
     """In a program that has not set up logging, a warning of the library does not reach stderr."""
     code = (
-        "from modelcache.hooks import Hooks; from modelcache.events import Event, Evicted; from modelcache import sinks;"
+        "from modelcache.hooks import Hooks; from modelcache.events import Evicted; from modelcache import sinks;"
         "hooks = Hooks(); sinks.log(hooks, level=40); hooks.emit([Evicted(seq=1, time=0.0)])"
     )
     root = Path(events.__file__).parents[1]

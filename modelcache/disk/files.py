@@ -1,0 +1,82 @@
+"""Small file operations of the disk tier: measure, sync, make, compare, sweep.
+
+Nothing here knows of models; what is done with these is ``disk.store``.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def allocated(folder: Path) -> int:
+    """Return the bytes that the file system allocated for a folder and all that is in it."""
+    total = folder.lstat().st_blocks * 512
+    seen: set[int] = set()
+    for entry in walk(folder):
+        status = entry.stat(follow_symlinks=False)
+        if status.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
+            if status.st_ino in seen:
+                continue
+            seen.add(status.st_ino)
+        total += status.st_blocks * 512
+    return total
+
+
+def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield everything below a folder, links not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from walk(Path(entry.path))
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to the disk."""
+    for entry in walk(folder):
+        if not entry.is_symlink():
+            sync(Path(entry.path))
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Bring one file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path, mode: int) -> None:
+    """Make a folder with these permissions, whatever the umask; nothing where it is there."""
+    try:
+        folder.mkdir(mode=mode)
+    except FileExistsError:
+        return
+    folder.chmod(mode)  # the umask of the moment is not the tier's policy
+
+
+def same(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` still names the folder behind ``descriptor``."""
+    try:
+        now = path.lstat()
+    except FileNotFoundError:
+        return False
+    then = os.fstat(descriptor)
+    return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+
+
+def sweep_one(leftover: Path) -> None:
+    """Delete what a dead process left; raise OSError where a live one has it locked."""
+    descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
+    finally:
+        os.close(descriptor)

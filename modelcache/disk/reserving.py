@@ -1,0 +1,192 @@
+"""Making room on disk: evict, and wait where nothing may go.
+
+It acts, outside the guard, on what ``disk.index`` decides under it; files are removed by ``disk.store``.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
+
+from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging
+from modelcache.disk.tier import DiskTier
+from modelcache.errors import NoRoom, TooLarge
+from modelcache.events import Event, Evicted, Reason
+from modelcache.guard import Guard
+from modelcache.units import format_bytes
+
+
+class Upstairs(Protocol):
+    """What the disk tier must know of the memory tier, which keeps the files of its models."""
+
+    def give_up(self, models: Collection[str], reason: Reason, figures: dict[str, int], for_model: str) -> bool:
+        """Evict the coldest idle one of ``models`` from memory; return whether there was one."""
+        ...
+
+    def holders(self, models: Collection[str]) -> tuple[tuple[str, int, float], ...]:
+        """Return ``(model, leases, age of the oldest in seconds)`` for each leased one; the guard is held."""
+        ...
+
+
+class Contention(Exception):
+    """Two fetches wait for one another's room: this one gives up its share, and starts again later.
+
+    Attributes:
+        need: bytes to reserve at the next start, so that the two do not meet again.
+    """
+
+    def __init__(self, need: int) -> None:
+        super().__init__(need)
+        self.need = need
+
+
+class DiskRoom:
+    """The room of one disk tier.
+
+    Args:
+        tier: its settings and folder.
+        index: the decisions.
+        guard: the cache's lock.
+        upstairs: the memory tier.
+        tell: takes events, outside the guard.
+        number: gives each event its ``seq``.
+    """
+
+    def __init__(
+        self,
+        tier: DiskTier,
+        index: Index,
+        guard: Guard,
+        upstairs: Upstairs,
+        tell: Callable[[Iterable[Event]], None],
+        number: Callable[[], int],
+    ) -> None:
+        self._tier = tier
+        self._store = tier.store
+        self._index = index
+        self._guard = guard
+        self._upstairs = upstairs
+        self._tell = tell
+        self._number = number
+        self.evictions = 0
+
+    def _read_limits(self) -> DiskLimits:
+        return DiskLimits(self._tier.budget, self._tier.min_free, self._store.free(), self._store.total())
+
+    def reserve(self, staging: Staging, amount: int) -> None:
+        """Make a reservation larger, evicting or waiting where that is needed.
+
+        Raises:
+            TooLarge: it can never fit within the budget.
+            NoRoom: what is in the way is leased, or not ours.
+            Contention: give up, and try again with more.
+        """
+        while True:
+            limits = self._read_limits()
+            if limits.budget is not None and staging.reserved + amount > limits.budget:
+                raise _too_large(staging.wish.model, staging.reserved + amount, limits.budget)
+            with self._guard:
+                shortage = self._index.shortage(amount, limits)
+                if shortage.fits:
+                    staging.reserved += amount
+                    return
+                victims = self._index.choose(shortage.missing)
+                told = [self._evicted(item, shortage, staging.wish.model) for item in victims]
+                pinned = self._index.pinned()
+                patient = shortage.missing <= 0
+            if victims:
+                self._tell(told)
+                self.remove(victims)
+            elif patient or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, staging.wish.model):
+                self._wait(staging, amount, shortage)
+
+    def _wait(self, staging: Staging, amount: int, shortage: DiskShortage) -> None:
+        """Wait for something to change.
+
+        Raises:
+            NoRoom: nothing will, or nobody waits any more.
+            Contention: all fetches wait for one another.
+        """
+        with self._guard:
+            others = self._index.stagings - {staging}
+            leaving = self._index.leaving() > 0
+            elsewhere = self._index.read_elsewhere()
+            if others and not leaving and all(other.waiting for other in others):
+                raise Contention(staging.reserved + amount)
+            refusal = self._no_room(staging, amount, shortage)
+            if not staging.wish.wanted() or (not others and not leaving and not elsewhere and staging.wish.hopeless()):
+                raise refusal
+            staging.wish.refused(refusal)
+            state, staging.wish.state = staging.wish.state, "waiting for room"
+            staging.waiting = True
+            self._guard.wait(RECHECK)
+            staging.waiting = False
+            staging.wish.state = state
+
+    def _no_room(self, staging: Staging, amount: int, shortage: DiskShortage) -> NoRoom:
+        model, figures = staging.wish.model, shortage.figures
+        holders = self._upstairs.holders(self._index.pinned())
+        held = ", ".join(f"{held!a} ({leases} leases, {age:.1f} s)" for held, leases, age in holders)
+        return NoRoom(
+            f"no room on disk for {model!a}: it needs {format_bytes(amount)} more, {shortage.reason} allows "
+            f"{format_bytes(figures['high'])} and {format_bytes(figures['used'])} are taken in {self._store.path}"
+            + (f", held by leases on {held}" if held else "")
+            + ": raise disk.budget, lower disk.min_free, or free the disk",
+            model=model,
+            tier="disk",
+            need=amount,
+            used=figures["used"],
+            limit=figures["high"],
+            holders=holders,
+        )
+
+    def _evicted(self, item: Item, shortage: DiskShortage, for_model: str | None) -> Event:
+        self.evictions += 1
+        return Evicted(
+            seq=self._number(),
+            time=time.time(),
+            model=item.model,
+            tier="disk",
+            reason=shortage.reason,
+            bytes=item.bytes,
+            for_model=for_model,
+            **shortage.figures,
+        )
+
+    def remove(self, items: Collection[Item]) -> list[Item]:
+        """Delete the files of items marked as leaving; return those that another process still reads."""
+        kept = [item for item in items if not self._store.remove(item.published.folder)]
+        with self._guard:
+            for item in items:
+                if item in kept:
+                    self._index.kept(item)
+                else:
+                    self._index.forget(item)
+            self._guard.notify()
+        return kept
+
+    def shrink(self) -> None:
+        """Evict what a lowered budget or a raised ``min_free`` demands; returns once all that may go is gone."""
+        while True:
+            limits = self._read_limits()
+            with self._guard:
+                shortage = self._index.shortage(0, limits)
+                victims = self._index.choose(shortage.missing)
+                told = [self._evicted(item, shortage, None) for item in victims]
+                pinned = self._index.pinned()
+                self._guard.notify()  # a raised budget lets waiting fetches go on
+            if victims:
+                self._tell(told)
+                self.remove(victims)
+            elif shortage.missing <= 0 or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, ""):
+                return
+
+
+def _too_large(model: str, need: int, budget: int) -> TooLarge:
+    return TooLarge(
+        f"model {model!a} needs {format_bytes(need)} on disk, more than the whole disk budget "
+        f"of {format_bytes(budget)}: raise disk.budget",
+        model=model,
+        tier="disk",
+        need=need,
+        limit=budget,
+    )

@@ -1,0 +1,212 @@
+"""The first half of a flight: find the artifact on disk, or fetch, unpack and publish it.
+
+The bytes themselves are ``fetch``'s business; room for them is made by ``disk.shelf``. The second half is ``loading``.
+"""
+
+import errno
+import functools
+import time
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import attrs
+
+from modelcache.disk.index import RECHECK
+from modelcache.disk.layout import Record
+from modelcache.disk.reserving import Contention
+from modelcache.disk.shelf import Held, Shelf
+from modelcache.errors import AccessDenied, ArtifactChanged, LoadFailed, ModelCacheError, NoRoom
+from modelcache.events import Fetched
+from modelcache.fetch import fetch
+from modelcache.flights import Cancelled, Flight, Flights
+from modelcache.guard import Guard
+from modelcache.memory.residents import Residents
+from modelcache.sources.base import Artifact, Source
+from modelcache.telling import Teller
+
+T = TypeVar("T")
+
+_RESTARTS = 3  # fetches of one artifact that changes all the time, before that is an error
+
+
+@attrs.frozen
+class InPlace:
+    """An artifact that is loaded where it lies, outside the disk tier."""
+
+    path: Path
+    size: int
+
+
+class Trip(Generic[T]):
+    """A flight, as those see it who make room for it."""
+
+    def __init__(self, flight: Flight[T], flights: Flights[T], residents: Residents[T]) -> None:
+        self._flight = flight
+        self._flights = flights
+        self._residents = residents
+
+    @property
+    def model(self) -> str:
+        """The id of the model."""
+        return self._flight.model
+
+    @property
+    def state(self) -> str:
+        """What the flight is doing."""
+        return self._flight.state
+
+    @state.setter
+    def state(self, value: str) -> None:
+        self._flight.state = value
+
+    def refused(self, refusal: NoRoom) -> None:
+        """Note what stands in the way, for a waiter whose time ends meanwhile."""
+        self._flight.refusal = refusal
+
+    def wanted(self) -> bool:
+        """Whether somebody still waits for it; the guard is held."""
+        return self._flight.wanted()
+
+    def hopeless(self) -> bool:
+        """Whether everybody who could give room waits for room too; the guard is held."""
+        return self._flights.hopeless(self._flight, self._residents.holding_threads())
+
+
+@attrs.define(eq=False)
+class Counters:
+    """What the loader has done so far; written under the guard."""
+
+    loads: int = 0
+    load_seconds: float = 0.0
+    fetches: int = 0
+    fetched_bytes: int = 0
+    failures: int = 0
+
+
+@attrs.frozen(eq=False)
+class Fetcher(Generic[T]):
+    """Brings artifacts onto this machine.
+
+    Attributes:
+        source: where they come from.
+        shelf: the disk tier.
+        flights: who waits.
+        residents: who holds leases.
+        guard: the cache's lock.
+        teller: takes events.
+        counters: what was done.
+    """
+
+    source: Source
+    shelf: Shelf
+    flights: Flights[T]
+    residents: Residents[T]
+    guard: Guard
+    teller: Teller
+    counters: Counters = attrs.field(factory=Counters)
+
+    def find(self, flight: Flight[T]) -> Held | InPlace:
+        """Return the artifact on this machine, fetched where it was not."""
+        flight.state = "fetching"
+        held = self.shelf.open(flight.model)
+        if held is not None:
+            return held
+        least = 0
+        restarts = 0
+        while True:
+            artifact = self.source.find(flight.model)
+            if artifact.path is not None:
+                return InPlace(artifact.path, artifact.size)
+            try:
+                return self._fetch(flight, artifact, least)
+            except ArtifactChanged:
+                restarts += 1
+                if restarts >= _RESTARTS:
+                    raise
+            except Contention as contention:
+                least = contention.need
+                with self.guard:
+                    self.guard.wait(RECHECK)
+
+    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int) -> Held:
+        started = time.monotonic()
+        trip = Trip(flight, self.flights, self.residents)
+        staging = self.shelf.stage(trip, max(artifact.size, least))
+        flight.state = "fetching"
+        try:
+            path = fetch(
+                self.source,
+                artifact,
+                staging,
+                grow=functools.partial(self.shelf.grow, staging),
+                check=lambda: check_cancelled(flight),
+                mode=self.shelf.mode,
+            )
+            record = Record(
+                model=flight.model,
+                source=self.source.url,
+                version=artifact.version,
+                single=None if path.is_dir() else path.name,
+                size=_apparent(path),
+                fetched=time.time(),
+                fetch_seconds=time.monotonic() - started,
+            )
+            held = self.shelf.publish(staging, record)
+        except OSError as error:
+            self.shelf.discard(staging)
+            if isinstance(error, ModelCacheError):
+                raise
+            raise _disk_error(error, flight.model, staging.folder, artifact.size, self.shelf.free()) from error
+        except BaseException:
+            self.shelf.discard(staging)
+            raise
+        with self.guard:
+            self.counters.fetches += 1
+            self.counters.fetched_bytes += artifact.size
+        event = Fetched(
+            seq=self.teller.number(),
+            time=record.fetched,
+            model=flight.model,
+            tier="disk",
+            reason=flight.reason,
+            bytes=artifact.size,
+            duration=record.fetch_seconds,
+            version=artifact.version,
+        )
+        self.teller.tell([event])
+        return held
+
+
+def check_cancelled(flight: Flight[Any]) -> None:
+    """Stop a flight that was told to.
+
+    Raises:
+        Cancelled: it was.
+    """
+    if flight.cancelled:
+        raise Cancelled(f"the fetch of {flight.model!a} was told to stop", model=flight.model)
+
+
+def _apparent(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _disk_error(error: OSError, model: str, folder: Path, need: int, free: int) -> ModelCacheError:
+    """Return what the file system said while an artifact was written, as an error that says what to do."""
+    where = f"while model {model!a} was written below {folder.parent}"
+    facts: dict[str, Any] = {"model": model}
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return NoRoom(
+            f"the disk is full ({error.strerror}) {where}: {need} bytes to fetch, {free} bytes free; free some, "
+            "raise disk.min_free, or lower disk.budget",
+            tier="disk",
+            need=need,
+            used=0,
+            limit=free,
+            **facts,
+        )
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return AccessDenied(f"no permission ({error.strerror}) {where}: check its owner and mode", **facts)
+    return LoadFailed(f"the disk tier failed ({error}) {where}: check the file system", **facts)

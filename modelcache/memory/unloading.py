@@ -1,0 +1,144 @@
+"""Models on their way out: run ``unload=``, drop the last reference, collect cycles, give heap back, tell.
+
+Which models leave, and why, is decided in ``memory.residents``; everything here runs outside the guard.
+"""
+
+import gc
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+from modelcache import heap
+from modelcache.events import Event, Reason, Unloaded
+from modelcache.guard import Guard
+from modelcache.memory.entries import Entry
+from modelcache.memory.residents import Residents
+
+T = TypeVar("T")
+
+_log = logging.getLogger("modelcache")
+_OWED = 4 * 2**20  # bytes of unloaded models after which the heap is given back even where no reading asks for it
+_GC_SHARE = 10  # at most a tenth of the time is spent in collections of ours
+
+
+class Unloader(Generic[T]):
+    """Carries out what the memory tier decided.
+
+    Args:
+        residents: keeps the book.
+        guard: the cache's lock.
+        unload: the user's ``unload=``; None where there is none.
+        let_go: releases what an entry kept open (its pin on disk), and deletes what was to be deleted.
+        tell: takes events, outside the guard.
+        number: gives each event its ``seq``.
+
+    Attributes:
+        errors: how many calls of ``unload=`` raised.
+    """
+
+    def __init__(
+        self,
+        residents: Residents[T],
+        guard: Guard,
+        unload: Callable[[T], object] | None,
+        let_go: Callable[[Entry[T]], None],
+        tell: Callable[[Iterable[Event]], None],
+        number: Callable[[], int],
+    ) -> None:
+        self._residents = residents
+        self._guard = guard
+        self._unload = unload
+        self._let_go = let_go
+        self._tell = tell
+        self._number = number
+        self._owed = 0
+        self._collected = 0.0
+        self._collection_took = 0.0
+        self.errors = 0
+
+    def carry_out(self, entries: list[Entry[T]], *, trim: bool = False) -> None:
+        """Unload entries that were retired; empties the list, so that no model is kept alive by it.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: from ``unload=``, once everything is consistent.
+        """
+        size = sum(entry.bytes for entry in entries)
+        traces = [_trace(entry.value) for entry in entries]
+        stopped: BaseException | None = None
+        while entries:
+            try:
+                self._depart(entries.pop(0))
+            except (KeyboardInterrupt, SystemExit) as error:
+                stopped = stopped or error
+        self._collect(traces)
+        self._owed += size
+        if trim or self._owed >= _OWED:
+            self._owed = 0
+            heap.give_back()
+        with self._guard:
+            self._guard.notify()
+        if stopped is not None:
+            raise stopped
+
+    def _depart(self, entry: Entry[T]) -> None:
+        """Run ``unload=`` for one entry, drop the model, and tell."""
+        started = time.monotonic()
+        problem: str | None = None
+        try:
+            if self._unload is not None:
+                problem = self._run_unload(entry)
+        finally:
+            del entry.value  # a get() that came too late finds no attribute, and takes the slow path
+            try:
+                self._let_go(entry)
+            finally:
+                with self._guard:
+                    self._residents.gone(entry)
+                    self._guard.notify()
+                self._tell([self._unloaded(entry, time.monotonic() - started, problem)])
+
+    def _run_unload(self, entry: Entry[T]) -> str | None:
+        """Return what ``unload=`` raised, as text: the error itself would keep the model alive."""
+        assert self._unload is not None  # noqa: S101 - for the type checker
+        try:
+            self._unload(entry.value)
+        except (KeyboardInterrupt, SystemExit):
+            self.errors += 1
+            raise
+        except BaseException as error:  # noqa: BLE001 - the model leaves whatever its unload= does
+            self.errors += 1
+            _log.exception("unload= of model %a raised; the model has left memory all the same", entry.model)
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _unloaded(self, entry: Entry[T], duration: float, problem: str | None) -> Event:
+        reason = entry.reason or Reason.UNLOAD
+        return Unloaded(
+            seq=self._number(),
+            time=time.time(),
+            model=entry.model,
+            tier="memory",
+            reason=Reason.EVICTED if reason.was_eviction else reason,
+            bytes=entry.bytes,
+            duration=duration,
+            error=problem,
+        )
+
+    def _collect(self, traces: list["weakref.ref[Any] | None"]) -> None:
+        """Collect cycles where a model lives on, unless collections already take a tenth of the time."""
+        alive = any(trace is not None and trace() is not None for trace in traces)
+        now = time.monotonic()
+        if not alive or now - self._collected < _GC_SHARE * self._collection_took:
+            return
+        gc.collect()
+        self._collected = time.monotonic()
+        self._collection_took = self._collected - now
+
+
+def _trace(value: object) -> "weakref.ref[Any] | None":
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return None

@@ -1,0 +1,45 @@
+"""Fixtures for tests against S3: a pytest plugin, loaded by ``tests/conftest.py``."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import ceph, moto
+from tests.support.proxy import FaultProxy
+from tests.support.s3 import Bucket, Store
+
+
+@pytest.fixture(scope="session")
+def s3_moto() -> Iterator[Store]:
+    """moto's server."""
+    with moto.moto() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def s3_ceph() -> Iterator[Store]:
+    """Ceph's gateway, a real store; skips where its packages are not installed."""
+    if not ceph.available():
+        pytest.skip(f"Ceph is not installed (missing: {', '.join(ceph.missing())})")
+    with ceph.ceph() as store:
+        yield store
+
+
+@pytest.fixture(params=["moto", pytest.param("ceph", marks=pytest.mark.servers)])
+def s3(request: pytest.FixtureRequest) -> Store:
+    """Each store in turn."""
+    store: Store = request.getfixturevalue(f"s3_{request.param}")
+    return store
+
+
+@pytest.fixture
+def bucket(s3: Store) -> Bucket:
+    """A new bucket in each store in turn."""
+    return s3.bucket()
+
+
+@pytest.fixture
+def fault_proxy(s3: Store) -> Iterator[FaultProxy]:
+    """A proxy in front of the same store as ``s3`` and ``bucket``, as yet without faults."""
+    with FaultProxy(s3.endpoint) as proxy:
+        yield proxy

@@ -51,6 +51,10 @@ class Life:
         self._parts.teller.pass_on()
         return gone
 
+    def abandon(self) -> None:
+        """Remove the temporary folder at exit, also from under a fetch that would not end."""
+        self._parts.shelf.close()
+
     def _stop_flights_nobody_waits_for(self) -> None:
         with self._parts.guard:
             self._parts.closed = True

@@ -31,6 +31,10 @@ class Living(Protocol):
         """Unload everything; return whether all is gone."""
         ...
 
+    def abandon(self) -> None:
+        """Leave no temporary files, whatever is still under way."""
+        ...
+
 
 _living: set[Living] = set()
 _forking: list[Living] = []
@@ -66,7 +70,8 @@ def _in_child() -> None:
 
 def _at_exit() -> None:
     for cache in list(_living):
-        cache.close(_AT_EXIT)
+        if not cache.close(_AT_EXIT):
+            cache.abandon()
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

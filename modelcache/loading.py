@@ -134,11 +134,9 @@ class Loader(Generic[T]):
         need, sure = self._expect(flight.model, found)
         check_cancelled(flight)
         trip = Trip(flight, self.flights, self.residents)
-        before = self.room.admit(trip, flight, need)
+        before, churn = self.room.admit(trip, flight, need)
         flight.state = "loading"
         started = time.monotonic()
-        with self.guard:
-            churn = self.residents.churn
         value = self._call(flight.model, found.path)
         duration = time.monotonic() - started
         after = self.tier.limits()

@@ -23,7 +23,7 @@ class Monitor:
     def reset_after_fork(self) -> None:
         """Start anew in a child, where the thread does not exist; the first load or use there starts it."""
         # guards the thread handle alone, so that there is one thread; nothing else is done under it.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()

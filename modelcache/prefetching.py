@@ -36,7 +36,7 @@ class Prefetch:
 
     def __init__(self, models: Iterable[str], drop: Callable[["Prefetch", Iterable[str]], None]) -> None:
         # guards the open set and the errors; nothing is called under it.
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition(threading.RLock())
         self._open = set(models)
         self._total = len(self._open)
         self._drop = drop

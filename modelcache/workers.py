@@ -30,7 +30,7 @@ class Workers:
         """Start anew in a child, where none of the threads exists."""
         # guards the two queues, the set of threads and the count of idle ones; taken after no other lock
         # is held, and no job is run under it.
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition(threading.RLock())
         self._urgent: deque[Callable[[], None]] = deque()
         self._later: deque[Callable[[], None]] = deque()
         self._threads: set[threading.Thread] = set()

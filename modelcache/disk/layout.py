@@ -28,6 +28,7 @@ ARTIFACT = "artifact"
 BLOCK = 4096
 """Bytes by which folders and files are charged before the file system has told what it allocated."""
 
+_PUBLISHED = re.compile(r"[a-z0-9._]{1,40}-[0-9a-f]{32}\.[0-9a-f]{8}")
 _UNREADABLE = re.compile(r"[^a-z0-9._]+")
 
 
@@ -90,6 +91,11 @@ def folder_prefix(source: str, model: str) -> str:
     digest = hashlib.sha256(f"{source}\0{model}".encode()).hexdigest()[:32]
     readable = _UNREADABLE.sub("_", model.lower())[-40:].strip("._") or "model"
     return f"{readable}-{digest}."
+
+
+def is_published(name: str) -> bool:
+    """Whether a name under ``models/`` is one of ours."""
+    return _PUBLISHED.fullmatch(name) is not None
 
 
 def charged(size: int) -> int:

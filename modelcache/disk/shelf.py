@@ -3,6 +3,7 @@
 What may stay is decided by ``disk.index``; room is made by ``disk.reserving``; files are ``disk.store``'s.
 """
 
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.store import Pin, Published, Store
 from modelcache.guard import Guard
 
+_log = logging.getLogger("modelcache")
 _OVERHEAD = 3 * BLOCK  # the published folder, artifact/ in it, and the record
 
 
@@ -54,6 +56,16 @@ class Shelf:
         self._room = room
         self.index = index
         self._refresh()
+        self._clear_damaged()
+
+    def _clear_damaged(self) -> None:
+        """Remove published folders whose record can't be read, so that their bytes do not go uncounted."""
+        with self._guard:
+            known = set(self.index.items)
+        for name in self._store.names() - known:
+            if self._store.read(name) is None:
+                _log.warning("%s in %s is damaged: removed, to be fetched again", name, self._store.path)
+                self._store.remove(self._store.folder(name))
 
     @property
     def mode(self) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 import attrs
 
 from modelcache.disk.files import allocated, make_folder, same, sweep_one, sync, sync_tree
-from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record
+from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record, is_published
 from modelcache.errors import AccessDenied, ConfigError
 
 _log = logging.getLogger("modelcache")
@@ -160,8 +160,9 @@ class Store:
     def workshop(self) -> Path:
         """Return this process's own folder, made again where somebody removed it."""
         if self._workshop is None or not self._workshop.is_dir():
+            self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
             for folder in (self._models, self.path / "tmp"):
-                folder.mkdir(parents=True, exist_ok=True, mode=self.mode)
+                make_folder(folder, self.mode)
             self._release_workshop()
             return self._open_workshop()
         return self._workshop
@@ -209,11 +210,15 @@ class Store:
         return folder
 
     def names(self) -> set[str]:
-        """Return the names of all published folders."""
+        """Return the names of all published folders; what others put beside them is not looked at."""
         try:
-            return {folder.name for folder in self._models.iterdir()}
+            return {folder.name for folder in self._models.iterdir() if is_published(folder.name)}
         except FileNotFoundError:
             return set()
+
+    def folder(self, name: str) -> Path:
+        """Return where the published folder of that name lies."""
+        return self._models / name
 
     def read(self, name: str) -> Published | None:
         """Return the published folder of that name; None where it is gone, damaged or not ours to trust."""
@@ -285,13 +290,20 @@ class Store:
 
     def free(self) -> int:
         """Return the bytes that the file system has left for this user."""
-        status = os.statvfs(self.path)
+        status = self._status()
         return status.f_bavail * status.f_frsize
 
     def total(self) -> int:
         """Return the size of the file system in bytes."""
-        status = os.statvfs(self.path)
+        status = self._status()
         return status.f_blocks * status.f_frsize
+
+    def _status(self) -> os.statvfs_result:
+        try:
+            return os.statvfs(self.path)
+        except FileNotFoundError:  # somebody removed the folder under us: make it again
+            self.workshop()
+            return os.statvfs(self.path)
 
 
 @contextlib.contextmanager

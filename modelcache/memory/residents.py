@@ -136,12 +136,13 @@ class Residents(Generic[T]):
 
     def doom(self, entry: Entry[T], reason: Reason) -> bool:
         """Make an entry leave: True where it is retired at once, False where its last lease will do it."""
-        entry.doomed = reason
+        if entry.doomed is not Reason.DELETE:
+            entry.doomed = reason
         if self.resident.get(entry.model) is entry:
             del self.resident[entry.model]
             self._policy.removed(entry.model)
         self.doomed[entry.model] = entry
-        return self.retire(entry, reason)
+        return self.retire(entry, entry.doomed)
 
     def retire(self, entry: Entry[T], reason: Reason) -> bool:
         """Take an entry out of memory unless it is held; the caller then unloads it, outside the guard."""

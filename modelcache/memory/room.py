@@ -77,8 +77,11 @@ class Room(Generic[T]):
         self._pause = 0
         self.evictions = 0
 
-    def admit(self, applicant: Applicant, token: object, need: int) -> Limits:
-        """Reserve ``need`` bytes under ``token``, evicting just enough; return the reading that allowed it.
+    def admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
+        """Reserve ``need`` bytes under ``token``, evicting just enough.
+
+        Returns:
+            The reading that allowed it, and what ``residents.churn`` is as long as nothing else moves.
 
         Raises:
             TooLarge: the model can never fit.
@@ -86,6 +89,7 @@ class Room(Generic[T]):
         """
         residents, futile, most, rows = self._residents, 0, 1, 0
         while True:
+            churn = residents.churn
             limits = self._tier.limits()
             _refuse_too_large(applicant.model, need, limits)
             with self._guard:
@@ -95,7 +99,7 @@ class Room(Generic[T]):
                 if shortage.fits and not waits_for_itself:
                     residents.reserved[token] = need
                     residents.churn += 1
-                    return limits
+                    return limits, churn + 1
                 victims = [] if futile >= _FUTILE else residents.choose(shortage, most)
                 told = [self._evicted(entry, shortage, applicant.model) for entry in victims]
                 if not victims:
@@ -172,9 +176,12 @@ class Room(Generic[T]):
                 victims = [] if shortage.met else residents.choose(shortage, most)
                 told = [self._evicted(entry, shortage, None) for entry in victims]
                 if not victims:
-                    residents.over = not shortage.met and any(entry.holds for entry in residents.entries())
+                    known, residents.over = residents.over, not shortage.met and bool(residents.holding_threads())
                     residents.update_short()
-                    return True
+                    self._guard.notify()  # a raised limit lets waiting loads go on
+                    if known or not residents.over:
+                        return True
+                    continue  # a lease that was released before it could see the flag is looked at once more
             most *= 2
             futile = 0 if self._evict(victims, told, limits) else futile + 1
             if futile >= _FUTILE:
@@ -246,7 +253,7 @@ class Room(Generic[T]):
             models=count,
         )
         self._tell([event])
-        return freed * 10 >= promised or reason is not Reason.WATERMARK
+        return (freed > 0 and freed * 10 >= promised) or reason is not Reason.WATERMARK
 
 
 _SETTING = {

@@ -149,7 +149,7 @@ def _lines(events: list[Event]) -> list[str]:
     found = swaps(events)
     if not found:
         return ["no model loaded, none evicted"]
-    loaded, evicted = max(found, key=lambda swap: min(len(swap[1]), 2))
+    loaded, evicted = max(found, key=lambda swap: -abs(len(swap[1]) - 2))
     more = f"  (and {len(found) - 1} more loads)" if len(found) > 1 else ""
     return [*(str(event) for event in evicted), f"{loaded}{more}"]
 

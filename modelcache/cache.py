@@ -155,7 +155,7 @@ class ModelCache(Generic[T]):
                     if arrived and isinstance(flight.error, Cancelled):
                         continue
                     raise flight.outcome(timeout)
-            self._parts.teller.pass_on()
+            self._parts.pass_on()
             assert lease.entry is not None  # noqa: S101 - boarding or landing held it
             return lease.entry.value
 

@@ -48,7 +48,7 @@ class Life:
         gone = self._parts.finish() and ended
         if gone:
             lifecycle.discharge(self)
-        self._parts.teller.pass_on()
+        self._parts.pass_on()
         return gone
 
     def abandon(self) -> None:

@@ -31,6 +31,7 @@ from modelcache.memory.room import Room
 from modelcache.memory.tier import MemoryTier
 from modelcache.memory.unloading import Unloader
 from modelcache.monitor import Monitor
+from modelcache.policies import Guarded
 from modelcache.prefetching import Prefetch
 from modelcache.sources import Source, source_from
 from modelcache.telling import Teller
@@ -102,6 +103,16 @@ class Machinery(Generic[T]):
         )
         self.watch_hits()
 
+    def pass_on(self) -> None:
+        """At the end of a verb: log what users' policies did wrong, raise an interrupt kept from user code."""
+        self._report_policies()
+        self.teller.pass_on()
+
+    def _report_policies(self) -> None:
+        for policy in (self.memory.policy, self.disk.policy):
+            if isinstance(policy, Guarded):
+                policy.report()
+
     def watch_hits(self) -> None:
         """Keep the warm path's one flag current: whether a hit must be told, or a ``get`` warned about."""
         self.residents.watched = self.hooks.listens_hit or not self._warned_of_get
@@ -112,7 +123,7 @@ class Machinery(Generic[T]):
         if self.hooks.wants(Hit):
             event = Hit(seq=self.teller.number(), time=time.time(), model=entry.model, tier="memory")
             self.teller.tell([event])
-            self.teller.pass_on()
+            self.pass_on()
 
     def warn_of_get(self) -> None:
         """Say once that ``unload=`` can't know of callers of ``get``."""
@@ -196,7 +207,7 @@ class Machinery(Generic[T]):
             gone = self.shelf.delete(model) and gone
             with self.guard:
                 self.residents.forget(model)
-        self.teller.pass_on()
+        self.pass_on()
         return gone and not (reason is Reason.DELETE and self._on_disk(model))
 
     def _on_disk(self, model: str) -> bool:
@@ -214,20 +225,21 @@ class Machinery(Generic[T]):
     def _released(self, entry: Entry[T]) -> None:
         self.room.release(entry)
         self.finish()
-        self.teller.pass_on()
+        self.pass_on()
 
     def _retuned(self) -> None:
         self.settle()
         self.room.enforce()
-        self.teller.pass_on()
+        self.pass_on()
 
     def _disk_retuned(self) -> None:
         self.settle()
         self.disk_room.shrink()
-        self.teller.pass_on()
+        self.pass_on()
 
     def _look(self) -> bool:
         self.room.look()
+        self._report_policies()
         self.teller.drop()
         with self.guard:
             return bool(self.residents.resident or self.residents.doomed)

@@ -34,6 +34,8 @@ mon_allow_pool_size_one = true
 run_dir = {folder}
 log_file = {folder}/$name.log
 admin_socket = {folder}/$name.asok
+paxos_propose_interval = 0.05
+paxos_min_wait = 0.01
 [mon]
 mon_data = {folder}/mon
 [osd]
@@ -71,7 +73,8 @@ def ceph() -> Iterator[Store]:
         (folder / "osd").mkdir()
         monmap = str(folder / "monmap")
         log = folder / "out.log"
-        common = ("-c", str(conf), "--monmap", monmap)
+        # Without both, a daemon asks with the fsid of a monitor map that it may not have got yet: "wrong fsid".
+        common = ("-c", str(conf), "--monmap", monmap, "--no-mon-config")
 
         def call(*command: str, must: bool = True) -> str:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

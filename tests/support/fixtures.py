@@ -11,14 +11,14 @@ from tests.support.s3 import Bucket, Store
 
 @pytest.fixture(scope="session")
 def s3_moto() -> Iterator[Store]:
-    """moto's server."""
+    """Run moto's server."""
     with moto.moto() as store:
         yield store
 
 
 @pytest.fixture(scope="session")
 def s3_ceph() -> Iterator[Store]:
-    """Ceph's gateway, a real store; skips where its packages are not installed."""
+    """Run Ceph's gateway, a real store; skips where its packages are not installed."""
     if not ceph.available():
         pytest.skip(f"Ceph is not installed (missing: {', '.join(ceph.missing())})")
     with ceph.ceph() as store:
@@ -27,19 +27,19 @@ def s3_ceph() -> Iterator[Store]:
 
 @pytest.fixture(params=["moto", pytest.param("ceph", marks=pytest.mark.servers)])
 def s3(request: pytest.FixtureRequest) -> Store:
-    """Each store in turn."""
+    """Return each store in turn."""
     store: Store = request.getfixturevalue(f"s3_{request.param}")
     return store
 
 
 @pytest.fixture
 def bucket(s3: Store) -> Bucket:
-    """A new bucket in each store in turn."""
+    """Return a new bucket in each store in turn."""
     return s3.bucket()
 
 
 @pytest.fixture
 def fault_proxy(s3: Store) -> Iterator[FaultProxy]:
-    """A proxy in front of the same store as ``s3`` and ``bucket``, as yet without faults."""
+    """Return a proxy in front of the same store as ``s3`` and ``bucket``, as yet without faults."""
     with FaultProxy(s3.endpoint) as proxy:
         yield proxy

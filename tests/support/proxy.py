@@ -252,7 +252,9 @@ class FaultProxy:
             body = answer.read()
             told = str(len(body))
         headers.append(("Content-Length", str(int(told) + fault.lengthen)))
-        text = f"HTTP/1.1 {answer.status} {answer.reason}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers)
+        text = f"HTTP/1.1 {answer.status} {answer.reason}\r\n" + "".join(
+            f"{name}: {value}\r\n" for name, value in headers
+        )
         connection.sendall(text.encode("latin-1") + b"\r\n")
         if request.method == "HEAD":
             return

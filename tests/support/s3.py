@@ -98,7 +98,9 @@ class Bucket:
         done = []
         for number, part in enumerate(parts, start=1):
             answer = self.client.upload_part(**where, UploadId=upload, PartNumber=number, Body=part, **told)
-            sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name[-4:] != "Type"}
+            sums = {
+                name: value for name, value in answer.items() if name.startswith("Checksum") and name[-4:] != "Type"
+            }
             done.append({"PartNumber": number, "ETag": answer["ETag"], **sums})
         answer = self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": done})
         return dict(answer)

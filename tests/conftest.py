@@ -5,23 +5,21 @@ What is checked after every test: no thread of the library is left, and no file 
 temporary folder is gone.
 """
 
-import concurrent.futures
 import contextlib
 import gc
 import importlib.util
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelcache import DiskTier, MemoryTier, ModelCache
-from tests.support.fakes import Book, DictSource
-from tests.support.waiting import WAIT
+from tests.support.fakes import Book, DictSource, allocated
+from tests.support.waiting import WAIT, Spawn
 
 pytest_plugins = ["tests.support.fixtures"] if importlib.util.find_spec("tests.support.fixtures") else []
 
@@ -38,11 +36,11 @@ def _descriptors() -> dict[str, str]:
     if not sys.platform.startswith("linux"):
         return {}
     found = {}
-    for number in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the one of the listing itself
-            goal = os.readlink(f"/proc/self/fd/{number}")
+            goal = str(entry.readlink())
             if not goal.startswith(_TOLERATED):
-                found[number] = goal
+                found[entry.name] = goal
     return found
 
 
@@ -68,35 +66,6 @@ def _no_leaked_descriptor() -> Iterator[None]:
         after = _descriptors()
         new = [goal for number, goal in after.items() if before.get(number) != goal]
         assert len(after) <= len(before), f"descriptors left open: {new}"
-
-
-class Spawn:
-    """Runs functions on threads of the test's own; what they raise comes out of the future's ``result``."""
-
-    def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
-        """Call ``function`` on a new thread."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - the test looks at it
-                future.set_exception(error)
-
-        thread = threading.Thread(target=run, name="test", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-        return future
-
-    def join(self) -> None:
-        """Wait for all; fail where one does not end."""
-        deadline = time.monotonic() + WAIT
-        for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0))
-        assert not any(thread.is_alive() for thread in self._threads), "a thread of the test hangs"
 
 
 @pytest.fixture
@@ -169,39 +138,6 @@ def check_closed(cache: ModelCache[Any], book: Book, *, leases_left: bool = Fals
         assert not left, f"left under tmp/: {left}"
     used, there = cache.stats().disk_used, allocated(cache.disk.path)
     assert used == there, f"counted {used} bytes on disk, there are {there}"
-
-
-def allocated(disk: Path) -> int:
-    """Return the bytes that the file system allocated for all published folders below a disk tier's folder."""
-    total = 0
-    for folder in (disk / "models").iterdir():
-        total += sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
-    return total
-
-
-def is_unlocked(cache: ModelCache[Any]) -> bool:
-    """Return whether another thread can look at the cache now: nobody holds its lock."""
-    looked = threading.Event()
-
-    def look() -> None:
-        cache.models()
-        cache.stats()
-        looked.set()
-
-    threading.Thread(target=look, name="test-look", daemon=True).start()
-    return looked.wait(3.0)
-
-
-@pytest.fixture(name="is_unlocked")
-def _is_unlocked() -> Callable[[ModelCache[Any]], bool]:
-    """Give a function that tells, from another thread, whether a cache's lock is free."""
-    return is_unlocked
-
-
-@pytest.fixture(name="allocated")
-def _allocated() -> Callable[[Path], int]:
-    """Give a function that measures what lies published below a disk tier's folder."""
-    return allocated
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ Run it::
 
 An artifact is ``<model>.tar.gz`` with ``model.joblib`` in it. Environment: ``MODELCACHE_SOURCE``, and if you like
 ``MODELCACHE_DISK`` (a folder), ``MODELCACHE_DISK_BUDGET``, ``MODELCACHE_HIGH``, ``MODELCACHE_LOW``,
-``MODELCACHE_BUDGET``, ``MODELCACHE_MAX_MODELS``, ``MODELCACHE_TIMEOUT``. Credentials, region and
-``AWS_ENDPOINT_URL`` are read by boto3. Each worker has its own memory tier and answers ``/models``, ``/stats``,
+``MODELCACHE_BUDGET``, ``MODELCACHE_MAX_MODELS``, ``MODELCACHE_LOADERS``, ``MODELCACHE_TIMEOUT`` (seconds).
+Credentials, region and ``AWS_ENDPOINT_URL`` are read by boto3. Each worker has its own memory tier and answers ``/models``, ``/stats``,
 ``/events`` and ``/memory`` for itself; let only operators reach these.
 """
 
@@ -69,6 +69,7 @@ def make_cache() -> ModelCache[Any]:
             budget=given.get("BUDGET"),
             max_models=int(most) if most else None,
         ),
+        loaders=int(given.get("LOADERS", "4")),
         timeout=float(given.get("TIMEOUT", "30")),
     )
 

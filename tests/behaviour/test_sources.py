@@ -265,7 +265,7 @@ class TestLocalSource:
                 assert stream.read(10) == BODY[:10]
                 change()
                 with pytest.raises(ArtifactChanged):
-                    list(iter(lambda: stream.read(10**6), b""))  # noqa: B023 - called at once
+                    list(iter(lambda: stream.read(10**6), b""))
 
     def test_empty_folder(self, tmp_path: Path) -> None:
         """An empty folder is no model, as an empty prefix is none."""

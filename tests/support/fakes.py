@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modelcache import ModelCache
 from modelcache.errors import ModelNotFound
 from modelcache.gauges import Reading
 from modelcache.sources.base import Artifact, RemoteFile
@@ -22,6 +23,18 @@ def tar(files: dict[str, bytes]) -> bytes:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+MakeCache = Callable[..., ModelCache[Any]]
+"""The fixture ``make_cache``."""
+
+
+def allocated(disk: Path) -> int:
+    """Return the bytes that the file system allocated for all published folders below a disk tier's folder."""
+    total = 0
+    for folder in (disk / "models").iterdir():
+        total += sum(path.lstat().st_blocks * 512 for path in (folder, *folder.rglob("*")))
+    return total
 
 
 class _Stream(io.BytesIO):

@@ -1,9 +1,12 @@
 """Waiting for what another thread or process does, without a sleep."""
 
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
+
+from modelcache import ModelCache
 
 T = TypeVar("T")
 
@@ -61,8 +64,50 @@ class Gate:
         """Let go whoever stands there, and all who come later."""
         self._open.set()
 
-    def __enter__(self) -> "Gate":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.open()
+
+
+class Spawn:
+    """Runs functions on threads of the test's own; what they raise comes out of the future's ``result``."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        """Call ``function`` on a new thread."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - the test looks at it
+                future.set_exception(error)
+
+        thread = threading.Thread(target=run, name="test", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return future
+
+    def join(self) -> None:
+        """Wait for all; fail where one does not end."""
+        deadline = time.monotonic() + WAIT
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        assert not any(thread.is_alive() for thread in self._threads), "a thread of the test hangs"
+
+
+def is_unlocked(cache: ModelCache[Any]) -> bool:
+    """Return whether another thread can look at the cache now: nobody holds its lock."""
+    looked = threading.Event()
+
+    def look() -> None:
+        cache.models()
+        cache.stats()
+        looked.set()
+
+    threading.Thread(target=look, name="test-look", daemon=True).start()
+    return looked.wait(3.0)

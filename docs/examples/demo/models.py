@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 COLUMNS = 12
 COUNTRIES = ("de", "fr", "es", "it", "nl", "pl")
 THREADS = 2  # growing trees and compressing release the interpreter
+_MEMBER = "model.joblib"
 
 Recipe = Callable[[int], Any]
 
@@ -74,8 +75,12 @@ def recipes() -> dict[str, Recipe]:
     }
 
 
-def train_all(folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Train and pack every model; yield, as each is done, its id, its archive and its bytes before compression."""
+def train_all(folder: Path) -> Iterator[tuple[str, int]]:
+    """Train and pack every model as ``<id>.tar.gz`` below ``folder``, unless it is there already.
+
+    Yields:
+        As each is done, its id and its bytes before compression, which are about what it takes in memory.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
         jobs = [
             pool.submit(_train, folder, model, recipe, seed) for seed, (model, recipe) in enumerate(recipes().items())
@@ -87,14 +92,19 @@ def train_all(folder: Path) -> Iterator[tuple[str, Path, int]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _train(folder: Path, model: str, recipe: Recipe, seed: int) -> tuple[str, Path, int]:
+def _train(folder: Path, model: str, recipe: Recipe, seed: int) -> tuple[str, int]:
+    path = folder / f"{model}.tar.gz"
+    if path.exists():
+        with tarfile.open(path) as archive:
+            return model, archive.getmember(_MEMBER).size
     buffer = io.BytesIO()
     joblib.dump(recipe(seed), buffer)
-    path = folder / f"{model}.tar.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    member = tarfile.TarInfo("model.joblib")
+    member = tarfile.TarInfo(_MEMBER)
     member.size = buffer.tell()
     buffer.seek(0)
-    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    with tarfile.open(unfinished, "w:gz", compresslevel=1) as archive:
         archive.addfile(member, buffer)
-    return model, path, member.size
+    unfinished.replace(path)
+    return model, member.size

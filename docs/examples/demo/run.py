@@ -26,7 +26,7 @@ from watch import Watch, swaps
 from modelcache import Event
 
 PICTURE = Path(__file__).resolve().parents[3] / "build" / "demo" / "timeline.png"
-LOW_SHARE, HIGH_SHARE = 0.35, 1.10  # of all models together, on top of what the server takes without any
+LOW_SHARE, HIGH_SHARE = 0.35, 1.25  # of all models together, on top of what the server takes without any
 _LINES_EVERY = 2.0  # seconds
 console = Console(highlight=False, soft_wrap=True)
 
@@ -35,12 +35,16 @@ def main() -> int:
     """Tell the story; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20, help="of load in each of the two phases")
+    parser.add_argument("--a", type=float); parser.add_argument("--b", type=float)
+    parser.add_argument("--models", type=Path, help="a folder that keeps the trained models for the next run")
     options = parser.parse_args()
+    global LOW_SHARE, HIGH_SHARE
+    LOW_SHARE = options.a or LOW_SHARE; HIGH_SHARE = options.b or HIGH_SHARE
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
         with contextlib.ExitStack() as stack:
-            _tell(stack, options.seconds)
+            _tell(stack, options.seconds, options.models)
     except KeyboardInterrupt:
         console.print("Stopped; servers and temporary files are gone.")
         return 130
@@ -54,14 +58,15 @@ def _stop(number: int, _: Any) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
-def _tell(stack: contextlib.ExitStack, seconds: float) -> None:
+def _tell(stack: contextlib.ExitStack, seconds: float, trained: Path | None) -> None:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelcache-demo-")))
+    trained = trained or folder / "models"
     with _progress() as progress:
-        sizes = _train(folder / "models", progress)
+        sizes = _train(trained, progress)
         url, client = stack.enter_context(s3_store(folder))
         for model in progress.track(sizes, description="uploading to S3"):
             archive = f"{model}.tar.gz"
-            client.put_object(Bucket=BUCKET, Key=archive, Body=(folder / "models" / archive).read_bytes())
+            client.put_object(Bucket=BUCKET, Key=archive, Body=(trained / archive).read_bytes())
     port = stack.enter_context(flask_server(folder, url))
     watch = Watch(stack.enter_context(Api(port)))
     watch.look()
@@ -106,7 +111,7 @@ def _train(folder: Path, progress: Progress) -> dict[str, int]:
     task = progress.add_task("training scikit-learn models", total=len(models.recipes()))
     sizes = {}
     with contextlib.closing(models.train_all(folder)) as trained:
-        for model, _, size in trained:
+        for model, size in trained:
             sizes[model] = size
             progress.advance(task)
     return sizes

@@ -113,6 +113,7 @@ def flask_server(folder: Path, s3_url: str) -> Iterator[int]:
     settings = {
         "MODELCACHE_SOURCE": f"s3://{BUCKET}",
         "MODELCACHE_DISK": str(folder / "disk"),
+        "MODELCACHE_LOADERS": "2",
         "AWS_ENDPOINT_URL": s3_url,
         # glibc keeps what a thread's arena has free at its end, up to 64 MiB each; this makes it give that back.
         "MALLOC_TRIM_THRESHOLD_": "131072",

@@ -1,0 +1,64 @@
+"""Python scripts in processes of their own, which see the same packages as this one."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+PRELUDE = """
+import faulthandler, gc, os, signal, sys, threading, time
+from pathlib import Path
+faulthandler.dump_traceback_later(float(os.environ["WATCHDOG"]), exit=True)
+from modelcache import *
+from tests.support.fakes import DictSource, FakeGauge
+from tests.support.racing import *
+from tests.support.waiting import eventually
+"""
+
+
+def start(script: str, *arguments: Any, watchdog: float = 15.0, **settings: Any) -> "subprocess.Popen[str]":
+    """Start a script; it dumps all stacks and ends itself after ``watchdog`` seconds.
+
+    Args:
+        script: Python, after ``PRELUDE``.
+        arguments: its ``sys.argv[1:]``.
+        watchdog: seconds.
+        settings: further arguments for ``Popen``; ``env`` is added to ours.
+    """
+    path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
+    environment = {**os.environ, "PYTHONPATH": path, "WATCHDOG": str(watchdog), **settings.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(script)]
+        + [str(argument) for argument in arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+
+
+def finish(child: "subprocess.Popen[str]", *, code: int | None = 0, timeout: float = 18.0) -> str:
+    """Wait for a script's end, check how it ended (None: however), and return what it printed."""
+    try:
+        out, err = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        out, err = child.communicate()
+        raise AssertionError(f"still running after {timeout} s\n{out}\n{err}") from None
+    if code is not None:
+        assert child.returncode == code, f"ended with {child.returncode}, not {code}\n{out}\n{err}"
+    return out
+
+
+def run(script: str, *arguments: Any, code: int | None = 0, **settings: Any) -> str:
+    """Run a script to its end; see ``start`` and ``finish``."""
+    return finish(start(script, *arguments, **settings), code=code)
+
+
+KILLED = -signal.SIGKILL

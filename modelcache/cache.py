@@ -140,8 +140,7 @@ class ModelCache(Generic[T]):
         timeout = self._timeout if lease.timeout is DEFAULT else lease.timeout
         if timeout is not None:
             timeout = parse_seconds(timeout, "timeout", zero=True)
-        self._parts.settle()
-        self._parts.refuse_reentry(model)
+        self._parts.enter(f"lookup of {model!a}")
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             flight, new = self._board(model, lease)
@@ -227,7 +226,7 @@ class ModelCache(Generic[T]):
         if tier not in {"memory", "disk"}:
             raise ConfigError(f"tier={tier!r} must be 'memory' or 'disk'", setting="tier", value=tier)
         wanted = list(dict.fromkeys(validate_id(model) for model in models))
-        self._parts.settle()
+        self._parts.enter("prefetch")
         self._check_open()
         handle = Prefetch(wanted, self._parts.drop_prefetch)
         for model in wanted:

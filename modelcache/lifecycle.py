@@ -7,6 +7,7 @@ reset: no I/O but closing inherited descriptors, no logging, no other lock.
 
 import atexit
 import os
+import threading
 from typing import Protocol
 
 _AT_EXIT = 5.0  # seconds that a fetch or load under way may still take when the interpreter ends
@@ -37,7 +38,7 @@ class Living(Protocol):
 
 
 _living: set[Living] = set()
-_forking: list[Living] = []
+_forking = threading.local()  # .caches: whose guards this thread holds while it forks
 
 
 def enrol(cache: Living) -> None:
@@ -51,21 +52,21 @@ def discharge(cache: Living) -> None:
 
 
 def _before() -> None:
-    _forking[:] = list(_living)
-    for cache in _forking:
+    _forking.caches = sorted(_living, key=id)  # one order, whoever forks
+    for cache in _forking.caches:
         cache.before_fork()
 
 
 def _in_parent() -> None:
-    for cache in _forking:
+    for cache in _forking.caches:
         cache.after_fork_in_parent()
-    _forking.clear()
+    _forking.caches = []
 
 
 def _in_child() -> None:
-    for cache in _forking:
+    for cache in _forking.caches:
         cache.after_fork_in_child()
-    _forking.clear()
+    _forking.caches = []
 
 
 def _at_exit() -> None:

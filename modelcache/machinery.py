@@ -73,13 +73,12 @@ class Machinery(Generic[T]):
         self._warned_of_get = unload is None
         self._inherited: list[Entry[T]] | None = None
         self.residents: Residents[T] = Residents(self.memory.policy, lookup, self._hit, self._released)
-        tell, number = self.teller.tell, self.teller.number
-        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, tell, number)
-        self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, tell, number)
+        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller)
+        self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, self.teller)
         self.memory.bind(self._retuned)
         self.disk.bind(self.source.url, self._disk_retuned)
         index = Index(self.source.url, self.disk.policy)
-        self.disk_room = DiskRoom(self.disk, index, self.guard, _Upstairs(self), tell, number)
+        self.disk_room = DiskRoom(self.disk, index, self.guard, _Upstairs(self), self.teller)
         self.shelf = Shelf(self.disk.store, self.source.url, self.guard, index, self.disk_room)
         self.flights: Flights[T] = Flights(self.guard, retry_after)
         self.monitor = Monitor(self._look, self.memory.interval)
@@ -132,14 +131,19 @@ class Machinery(Generic[T]):
             self.watch_hits()
             _log.warning("get() beside unload=: a model may be unloaded while its caller still uses it; use lease()")
 
-    def refuse_reentry(self, model: str) -> None:
-        """Refuse a lookup from a signal handler or finalizer that interrupted a decision of its own thread."""
+    def enter(self, verb: str) -> None:
+        """Begin a verb that decides.
+
+        Raises:
+            ModelCacheError: it was called by a signal handler or finalizer that interrupted a decision of its own
+                thread, which must end first.
+        """
         if self.guard.busy:
             raise ModelCacheError(
-                f"lookup of {model!a} from a signal handler or __del__ in the middle of the cache's own decision: "
-                "hand it to another thread",
-                model=model,
+                f"{verb} from a signal handler or __del__ in the middle of the cache's own decision: "
+                "hand it to another thread"
             )
+        self.settle()
 
     def missed(self, model: str) -> Missed:
         """Book a lookup that was no hit, and return the event for it; the guard is held."""
@@ -193,7 +197,7 @@ class Machinery(Generic[T]):
 
     def drop(self, model: str, reason: Reason) -> bool:
         """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""
-        self.settle()
+        self.enter(f"{reason}({model!a})")
         with self.guard:
             if reason is Reason.DELETE:
                 self.flights.forgive(model)
@@ -223,17 +227,20 @@ class Machinery(Generic[T]):
             self.shelf.delete(entry.model)
 
     def _released(self, entry: Entry[T]) -> None:
+        if self.guard.busy:  # a finalizer or signal handler in the middle of a decision: the monitor looks at it
+            self.residents.orphaned(entry)
+            return
         self.room.release(entry)
         self.finish()
         self.pass_on()
 
     def _retuned(self) -> None:
-        self.settle()
+        self.enter("an assignment to a memory limit")
         self.room.enforce()
         self.pass_on()
 
     def _disk_retuned(self) -> None:
-        self.settle()
+        self.enter("an assignment to a disk limit")
         self.disk_room.shrink()
         self.pass_on()
 

@@ -45,7 +45,7 @@ class Monitor:
     def _look_safely(self) -> bool:
         try:
             return self._look()
-        except Exception:  # noqa: BLE001 - a monitor that dies is worse than one that missed a look
+        except BaseException:  # noqa: BLE001 - a monitor that dies is worse than one that missed a look
             _log.exception("the memory monitor could not look; it tries again in %s s", self._interval)
             return True
 

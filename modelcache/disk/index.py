@@ -155,6 +155,7 @@ class Index:
         self.items: dict[str, Item] = {}  # by folder name
         self.models: dict[str, Item] = {}  # this source's, the latest generation of each
         self.stagings: set[Staging] = set()
+        self.debris: dict[Path, int] = {}  # staged folders that could not be deleted yet, with their bytes
         self._clock = 0
 
     def requested(self, model: str) -> None:
@@ -206,7 +207,7 @@ class Index:
     def used(self) -> int:
         """Return the bytes that artifacts, fetches and removals under way take."""
         reserved = sum(staging.reserved for staging in self.stagings)
-        return sum(item.bytes for item in self.items.values()) + reserved
+        return sum(item.bytes for item in self.items.values()) + reserved + sum(self.debris.values())
 
     def shortage(self, amount: int, limits: DiskLimits) -> DiskShortage:
         """Return what ``amount`` more bytes lack; 0 for a look at the limits alone."""
@@ -259,6 +260,7 @@ class Index:
     def reset_after_fork(self) -> None:
         """In a child: the parent's fetches, removals and pins are not ours."""
         self.stagings = set()
+        self.debris = {}
         for item in list(self.items.values()):
             item.pins = 0
             if item.leaving:

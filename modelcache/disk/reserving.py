@@ -3,8 +3,9 @@
 It acts, outside the guard, on what ``disk.index`` decides under it; files are removed by ``disk.store``.
 """
 
+import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from typing import Protocol
 
 from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging
@@ -12,7 +13,10 @@ from modelcache.disk.tier import DiskTier
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Event, Evicted, Reason
 from modelcache.guard import Guard
+from modelcache.telling import Teller
 from modelcache.units import format_bytes
+
+_log = logging.getLogger("modelcache")
 
 
 class Upstairs(Protocol):
@@ -47,8 +51,7 @@ class DiskRoom:
         index: the decisions.
         guard: the cache's lock.
         upstairs: the memory tier.
-        tell: takes events, outside the guard.
-        number: gives each event its ``seq``.
+        teller: takes events, outside the guard.
     """
 
     def __init__(
@@ -57,16 +60,14 @@ class DiskRoom:
         index: Index,
         guard: Guard,
         upstairs: Upstairs,
-        tell: Callable[[Iterable[Event]], None],
-        number: Callable[[], int],
+        teller: Teller,
     ) -> None:
         self._tier = tier
         self._store = tier.store
         self._index = index
         self._guard = guard
         self._upstairs = upstairs
-        self._tell = tell
-        self._number = number
+        self._teller = teller
         self.evictions = 0
 
     def _read_limits(self) -> DiskLimits:
@@ -94,7 +95,7 @@ class DiskRoom:
                 pinned = self._index.pinned()
                 patient = shortage.missing <= 0
             if victims:
-                self._tell(told)
+                self._teller.tell(told)
                 self.remove(victims)
             elif patient or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, staging.wish.model):
                 self._wait(staging, amount, shortage)
@@ -142,7 +143,7 @@ class DiskRoom:
     def _evicted(self, item: Item, shortage: DiskShortage, for_model: str | None) -> Event:
         self.evictions += 1
         return Evicted(
-            seq=self._number(),
+            seq=self._teller.number(),
             time=time.time(),
             model=item.model,
             tier="disk",
@@ -154,7 +155,7 @@ class DiskRoom:
 
     def remove(self, items: Collection[Item]) -> list[Item]:
         """Delete the files of items marked as leaving; return those that another process still reads."""
-        kept = [item for item in items if not self._store.remove(item.published.folder)]
+        kept = [item for item in items if not self._removed(item)]
         with self._guard:
             for item in items:
                 if item in kept:
@@ -163,6 +164,13 @@ class DiskRoom:
                     self._index.forget(item)
             self._guard.notify()
         return kept
+
+    def _removed(self, item: Item) -> bool:
+        try:
+            return self._store.remove(item.published.folder)
+        except OSError as error:  # no descriptor left, say: it still counts, and is tried again later
+            _log.warning("%s can't be removed now (%s)", item.published.folder, error)
+            return False
 
     def shrink(self) -> None:
         """Evict what a lowered budget or a raised ``min_free`` demands; returns once all that may go is gone."""
@@ -175,7 +183,7 @@ class DiskRoom:
                 pinned = self._index.pinned()
                 self._guard.notify()  # a raised budget lets waiting fetches go on
             if victims:
-                self._tell(told)
+                self._teller.tell(told)
                 self.remove(victims)
             elif shortage.missing <= 0 or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, ""):
                 return

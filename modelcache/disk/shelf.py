@@ -12,8 +12,9 @@ import attrs
 
 from modelcache.disk.index import Index, Item, Staging, Wish
 from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
+from modelcache.disk.pins import Pin
 from modelcache.disk.reserving import DiskRoom
-from modelcache.disk.store import Pin, Published, Store
+from modelcache.disk.store import Published, Store
 from modelcache.guard import Guard
 
 _log = logging.getLogger("modelcache")
@@ -102,7 +103,13 @@ class Shelf:
                     return None
                 item.pins += 1
                 item.used = time.time()
-            pin = self._store.pin(item.published.folder)
+            pin = None
+            try:
+                pin = self._store.pin(item.published.folder)
+            except BaseException:
+                with self._guard:
+                    item.pins -= 1
+                raise
             if pin is not None:
                 return Held(item, pin)
             with self._guard:  # another process removed it
@@ -144,6 +151,7 @@ class Shelf:
             NoRoom: what is in the way is leased, or not ours.
             Contention: give up, and try again with more.
         """
+        self._clear_debris()
         self._refresh()
         staging = Staging(wish, self._store.path)
         with self._guard:
@@ -169,8 +177,18 @@ class Shelf:
 
     def discard(self, staging: Staging) -> None:
         """Delete what was staged, and give its reservation back."""
-        self._store.discard(staging.folder)
+        if not self._store.discard(staging.folder):  # no descriptor left, say: its bytes count until it is gone
+            with self._guard:
+                self.index.debris[staging.folder] = staging.reserved
         self._drop(staging)
+
+    def _clear_debris(self) -> None:
+        with self._guard:
+            debris = list(self.index.debris)
+        gone = [folder for folder in debris if self._store.discard(folder)]
+        with self._guard:
+            for folder in gone:
+                self.index.debris.pop(folder, None)
 
     def _drop(self, staging: Staging) -> None:
         with self._guard:
@@ -187,9 +205,14 @@ class Shelf:
         size = self._store.seal(staging.folder, record)
         if size > staging.reserved:
             self._room.reserve(staging, size - staging.reserved)
-        pin = self._store.pin(staging.folder)
         prefix = folder_prefix(self._source, record.model)
-        folder = self._store.publish(staging.folder, prefix)
+        pin = self._store.pin(staging.folder)  # before anybody sees it, so that nobody removes it first
+        try:
+            folder = self._store.publish(staging.folder, prefix)
+        except BaseException:
+            if pin is not None:
+                pin.close()
+            raise
         with self._guard:
             self.index.stagings.discard(staging)
             old = [item for name, item in self.index.items.items() if name.startswith(prefix) and not item.leaving]
@@ -208,7 +231,8 @@ class Shelf:
         Args:
             kept: what models that were loaded before the fork keep pinned; ``adopt`` each of them later.
         """
-        self._store.reset_after_fork()
+        kept = list(kept)
+        self._store.reset_after_fork(held.pin for held in kept if held.pin is not None)
         self.index.reset_after_fork()
         for held in kept:
             held.item.pins += 1
@@ -217,8 +241,9 @@ class Shelf:
         """In a child: replace the pin that a held artifact inherited by one of our own."""
         inherited = held.pin
         if inherited is not None:
-            held.pin = self._store.pin(held.item.published.folder) or Pin(-1)
-            inherited.close()
+            held.pin = self._store.pin(held.item.published.folder) or inherited
+            if held.pin is not inherited:
+                inherited.close()
 
     def close(self) -> None:
         """Remove this process's temporary folder; the artifacts stay for the next start."""

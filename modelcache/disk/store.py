@@ -1,12 +1,11 @@
-"""The folder of a disk tier: open, scan, stage, publish, pin, remove, sweep.
+"""The folder of a disk tier: open, scan, stage, publish, pin, remove.
 
-All of it is I/O and none of it decides: which artifact must go, and whether there is room, is ``disk.tier``.
-What makes it safe between processes: names are random, a rename publishes or removes, and ``flock`` on a
-folder's own descriptor says that somebody reads it (shared) or works in it (exclusive). The kernel drops
-such a lock with its process, so the dead leave no lease behind.
+All of it is I/O and none of it decides: which artifact must go, and whether there is room, is ``disk.index``.
+What makes it safe between processes: names are random, and a rename publishes or removes; kernel locks say that
+somebody reads a folder (``disk.pins``) or works in one (``disk.workshop``).
 
-Concurrency: no lock of our own is needed; every method may be called from any thread. After a fork the child
-calls ``reset_after_fork`` before anything else.
+Concurrency: every method may be called from any thread. After a fork the child calls ``reset_after_fork`` before
+anything else.
 """
 
 import contextlib
@@ -18,17 +17,18 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
 
-from modelcache.disk.files import allocated, make_folder, same, sweep_one, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, same, sync, sync_tree
 from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record, is_published
+from modelcache.disk.pins import Pin, Pins
+from modelcache.disk.workshop import FOLDER, Workshop
 from modelcache.errors import AccessDenied, ConfigError
 
 _log = logging.getLogger("modelcache")
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @attrs.frozen
@@ -53,21 +53,6 @@ class Published:
         return self.record.path(self.folder)
 
 
-class Pin:
-    """A shared kernel lock on one published folder: while it is held, no process removes the folder."""
-
-    __slots__ = ("_descriptor",)
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def close(self) -> None:
-        """Let go, once; a descriptor that a child inherited is closed, never unlocked."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
 class Store:
     """The files of one disk tier.
 
@@ -84,8 +69,8 @@ class Store:
         self.path = path
         self.mode = mode
         self._models = path / "models"
-        self._workshop: Path | None = None
-        self._workshop_lock = -1
+        self._workshop = Workshop(path / "tmp", mode)
+        self._pins = Pins()
         with _told(path):
             self._open()
 
@@ -94,7 +79,7 @@ class Store:
         for folder in (self._models, self.path / "tmp"):
             make_folder(folder, self.mode)
             self._check_owner(folder)
-        workshop = self._open_workshop()
+        workshop = self._workshop.folder()
         marker = self.path / "modelcache.json"
         if not marker.exists():
             draft = workshop / marker.name
@@ -134,58 +119,19 @@ class Store:
                 value=str(self.path),
             )
 
-    def _open_workshop(self) -> Path:
-        """Make this process's own folder under ``tmp/``, locked, so that others can tell it from leftovers."""
-        while True:
-            workshop = self.path / "tmp" / secrets.token_hex(8)
-            make_folder(workshop, self.mode)
-            descriptor = os.open(workshop, _FOLDER)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(descriptor)
-                if error.errno in {errno.EWOULDBLOCK, errno.EACCES}:
-                    continue
-                shutil.rmtree(workshop, ignore_errors=True)
-                raise ConfigError(
-                    f"disk folder {self.path} is on a file system without file locks ({error}): use a local one",
-                    setting="path",
-                    value=str(self.path),
-                ) from error
-            if same(descriptor, workshop):
-                self._workshop, self._workshop_lock = workshop, descriptor
-                return workshop
-            os.close(descriptor)  # a sweeper took it between its creation and the lock
-
-    def workshop(self) -> Path:
-        """Return this process's own folder, made again where somebody removed it."""
-        if self._workshop is None or not self._workshop.is_dir():
-            self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
-            for folder in (self._models, self.path / "tmp"):
-                make_folder(folder, self.mode)
-            self._release_workshop()
-            return self._open_workshop()
-        return self._workshop
-
-    def _release_workshop(self) -> None:
-        descriptor, self._workshop_lock = self._workshop_lock, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-        self._workshop = None
-
-    def reset_after_fork(self) -> None:
-        """In a child: forget the parent's workshop; its lock is closed, never released."""
-        self._release_workshop()
+    def reset_after_fork(self, kept: Iterable[Pin]) -> None:
+        """In a child: the parent's temporary folder and pins are not ours, but for those in ``kept``."""
+        self._workshop.reset_after_fork()
+        self._pins.reset_after_fork(kept)
 
     def close(self) -> None:
-        """Remove this process's workshop."""
-        if self._workshop is not None:
-            shutil.rmtree(self._workshop, ignore_errors=True)
-        self._release_workshop()
+        """Remove this process's temporary folder."""
+        self._workshop.close()
 
     def stage(self) -> Path:
         """Return a new empty folder to build an artifact in, with ``artifact/`` in it."""
-        folder = self.workshop() / secrets.token_hex(8)
+        make_folder(self._models, self.mode)  # somebody may have removed it
+        folder = self._workshop.name()
         make_folder(folder, self.mode)
         make_folder(folder / ARTIFACT, self.mode)
         return folder
@@ -233,39 +179,30 @@ class Store:
             return None
 
     def pin(self, folder: Path) -> Pin | None:
-        """Lock a published folder against removal by any process; None where it is gone already."""
-        try:
-            descriptor = os.open(folder, _FOLDER)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if same(descriptor, folder):
-                with contextlib.suppress(OSError):
-                    os.utime(descriptor)  # the folder's own time is its recency, for the next start
-                return Pin(descriptor)
-        except BlockingIOError:
-            pass  # somebody is removing it right now
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        return None
+        """Lock a published folder against removal by any process; None where it is gone already.
+
+        Raises:
+            OSError: the system has no descriptor left, or can't read the folder.
+        """
+        return self._pins.take(folder)
 
     def remove(self, folder: Path) -> bool:
         """Remove a published folder unless some process has it pinned; return whether it is gone.
 
         Moved aside first, so that nobody ever sees half of it; what a crash leaves is swept by the next start.
+
+        Raises:
+            OSError: the system refuses; the folder is still there, or moved aside.
         """
         try:
-            descriptor = os.open(folder, _FOLDER)
+            descriptor = os.open(folder, FOLDER)
         except FileNotFoundError:
             return True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not same(descriptor, folder):
                 return True
-            aside = self.workshop() / secrets.token_hex(8)
+            aside = self._workshop.name()
             folder.rename(aside)
         except BlockingIOError:
             return False
@@ -276,17 +213,14 @@ class Store:
         self.discard(aside)
         return True
 
-    def discard(self, folder: Path) -> None:
-        """Delete a staged or moved-aside folder; what can't be deleted is left to the next sweep."""
+    def discard(self, folder: Path) -> bool:
+        """Delete a staged or moved-aside folder; return whether it is gone, or must be tried again."""
         shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
 
     def sweep(self) -> None:
         """Delete what dead processes, and only they, left under ``tmp/``."""
-        for leftover in (self.path / "tmp").iterdir():
-            if leftover == self._workshop:
-                continue
-            with contextlib.suppress(OSError):
-                sweep_one(leftover)
+        self._workshop.sweep()
 
     def free(self) -> int:
         """Return the bytes that the file system has left for this user."""
@@ -302,7 +236,7 @@ class Store:
         try:
             return os.statvfs(self.path)
         except FileNotFoundError:  # somebody removed the folder under us: make it again
-            self.workshop()
+            self._workshop.folder()
             return os.statvfs(self.path)
 
 

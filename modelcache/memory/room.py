@@ -5,7 +5,7 @@ user's code happens outside the guard.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from typing import Generic, Protocol, TypeVar
 
 from modelcache.errors import NoRoom, TooLarge
@@ -16,6 +16,7 @@ from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
+from modelcache.telling import Teller
 from modelcache.units import format_bytes
 
 T = TypeVar("T")
@@ -55,8 +56,7 @@ class Room(Generic[T]):
         residents: the decisions.
         guard: the cache's lock.
         unloader: carries out what was decided.
-        tell: takes events, outside the guard.
-        number: gives each event its ``seq``.
+        teller: takes events, outside the guard.
     """
 
     def __init__(
@@ -65,15 +65,13 @@ class Room(Generic[T]):
         residents: Residents[T],
         guard: Guard,
         unloader: Unloader[T],
-        tell: Callable[[Iterable[Event]], None],
-        number: Callable[[], int],
+        teller: Teller,
     ) -> None:
         self._tier = tier
         self._residents = residents
         self._guard = guard
         self._unloader = unloader
-        self._tell = tell
-        self._number = number
+        self._teller = teller
         self._pause = 0
         self.evictions = 0
 
@@ -211,14 +209,14 @@ class Room(Generic[T]):
             victims = self._residents.choose(shortage, 1, models)
             told = [self._evicted(entry, shortage, for_model or None) for entry in victims]
         if victims:
-            self._tell(told)
+            self._teller.tell(told)
             self._unloader.carry_out(victims)
         return bool(victims)
 
     def _evicted(self, entry: Entry[T], shortage: Shortage, for_model: str | None) -> Event:
         self.evictions += 1
         return Evicted(
-            seq=self._number(),
+            seq=self._teller.number(),
             time=time.time(),
             model=entry.model,
             tier="memory",
@@ -233,14 +231,14 @@ class Room(Generic[T]):
         started = time.monotonic()
         promised = sum(0 if entry.inherited else entry.bytes for entry in victims)
         count, reason = len(victims), told[0].reason
-        self._tell(told)
+        self._teller.tell(told)
         self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
         after = self._tier.limits()
         if before.reading is None or after.reading is None:
             return True
         freed = before.reading.used - after.reading.used
         event = Reclaimed(
-            seq=self._number(),
+            seq=self._teller.number(),
             time=time.time(),
             tier="memory",
             duration=time.monotonic() - started,
@@ -252,7 +250,7 @@ class Room(Generic[T]):
             freed=freed,
             models=count,
         )
-        self._tell([event])
+        self._teller.tell([event])
         return (freed > 0 and freed * 10 >= promised) or reason is not Reason.WATERMARK
 
 

@@ -7,7 +7,7 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from modelcache import heap
@@ -15,6 +15,7 @@ from modelcache.events import Event, Reason, Unloaded
 from modelcache.guard import Guard
 from modelcache.memory.entries import Entry
 from modelcache.memory.residents import Residents
+from modelcache.telling import Teller
 
 T = TypeVar("T")
 
@@ -31,8 +32,7 @@ class Unloader(Generic[T]):
         guard: the cache's lock.
         unload: the user's ``unload=``; None where there is none.
         let_go: releases what an entry kept open (its pin on disk), and deletes what was to be deleted.
-        tell: takes events, outside the guard.
-        number: gives each event its ``seq``.
+        teller: takes events, outside the guard.
 
     Attributes:
         errors: how many calls of ``unload=`` raised.
@@ -44,15 +44,13 @@ class Unloader(Generic[T]):
         guard: Guard,
         unload: Callable[[T], object] | None,
         let_go: Callable[[Entry[T]], None],
-        tell: Callable[[Iterable[Event]], None],
-        number: Callable[[], int],
+        teller: Teller,
     ) -> None:
         self._residents = residents
         self._guard = guard
         self._unload = unload
         self._let_go = let_go
-        self._tell = tell
-        self._number = number
+        self._teller = teller
         self._owed = 0
         self._collected = 0.0
         self._collection_took = 0.0
@@ -61,17 +59,12 @@ class Unloader(Generic[T]):
     def carry_out(self, entries: list[Entry[T]], *, trim: bool = False) -> None:
         """Unload entries that were retired; empties the list, so that no model is kept alive by it.
 
-        Raises:
-            KeyboardInterrupt, SystemExit: from ``unload=``, once everything is consistent.
+        Never raises: a KeyboardInterrupt or SystemExit from ``unload=`` is kept by the teller for the end of the verb.
         """
         size = sum(entry.bytes for entry in entries)
         traces = [_trace(entry.value) for entry in entries]
-        stopped: BaseException | None = None
         while entries:
-            try:
-                self._depart(entries.pop(0))
-            except (KeyboardInterrupt, SystemExit) as error:
-                stopped = stopped or error
+            self._depart(entries.pop(0))
         self._collect(traces)
         self._owed += size
         if trim or self._owed >= _OWED:
@@ -79,8 +72,6 @@ class Unloader(Generic[T]):
             heap.give_back()
         with self._guard:
             self._guard.notify()
-        if stopped is not None:
-            raise stopped
 
     def _depart(self, entry: Entry[T]) -> None:
         """Run ``unload=`` for one entry, drop the model, and tell."""
@@ -97,16 +88,17 @@ class Unloader(Generic[T]):
                 with self._guard:
                     self._residents.gone(entry)
                     self._guard.notify()
-                self._tell([self._unloaded(entry, time.monotonic() - started, problem)])
+                self._teller.tell([self._unloaded(entry, time.monotonic() - started, problem)])
 
     def _run_unload(self, entry: Entry[T]) -> str | None:
         """Return what ``unload=`` raised, as text: the error itself would keep the model alive."""
         assert self._unload is not None  # noqa: S101 - for the type checker
         try:
             self._unload(entry.value)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as stop:
             self.errors += 1
-            raise
+            self._teller.keep(stop)
+            return type(stop).__name__
         except BaseException as error:  # noqa: BLE001 - the model leaves whatever its unload= does
             self.errors += 1
             _log.exception("unload= of model %a raised; the model has left memory all the same", entry.model)
@@ -116,7 +108,7 @@ class Unloader(Generic[T]):
     def _unloaded(self, entry: Entry[T], duration: float, problem: str | None) -> Event:
         reason = entry.reason or Reason.UNLOAD
         return Unloaded(
-            seq=self._number(),
+            seq=self._teller.number(),
             time=time.time(),
             model=entry.model,
             tier="memory",

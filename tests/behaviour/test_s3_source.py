@@ -29,11 +29,13 @@ from modelcache.errors import (
 )
 from modelcache.sources import checksums, s3_client
 from modelcache.sources.s3 import S3Source
+from modelcache.sources.s3_stream import Patience
 from modelcache.sources.s3_url import parse_s3_url
 from tests.contracts.source_contract import BODY, content
 from tests.support.processes import free_port
 from tests.support.proxy import Fault, FaultProxy, any_request
 from tests.support.s3 import Bucket, Store, noise, tar_gz
+from tests.support.tls import certificate
 
 MIB = 1024 * 1024
 
@@ -299,6 +301,46 @@ class TestFind:
         fault_proxy.forget()
         assert whole(source, "a") == BODY
         assert [request.method for request in fault_proxy.requests] == ["HEAD", "GET"]
+
+    def test_wrong_type(self, s3_moto: Store) -> None:
+        """An argument of a type that boto3 refuses is a setting that can't work."""
+        with pytest.raises(ConfigError, match="RequestPayer"):
+            S3Source("s3://models", client=s3_moto.client(), extra={"RequestPayer": 7}).find("a")
+
+    @pytest.mark.parametrize(
+        ("status", "code", "kind", "hint"),
+        [
+            (400, "AuthorizationHeaderMalformed", SourceUnavailable, "region"),
+            (403, "RequestTimeTooSkewed", AccessDenied, "clock"),
+            (403, "InvalidObjectState", SourceUnavailable, "restore"),
+            (401, "Unauthorized", AccessDenied, "s3:GetObject"),
+            (501, "NotImplemented", SourceUnavailable, "broken"),
+            (400, "KMS.DisabledException", SourceUnavailable, "refuses"),
+        ],
+    )
+    def test_answers(
+        self, bucket: Bucket, fault_proxy: FaultProxy, status: int, code: str, kind: type[Exception], hint: str
+    ) -> None:
+        """What a store answers becomes an error of the fitting kind that says what to do."""
+        bucket.put("a/x", BODY)
+        source = source_of(attrs.evolve(bucket, store=bucket.store.at(fault_proxy.endpoint)))
+        artifact = source.find("a")
+        fault_proxy.script(always=Fault(answer=(status, code)))
+        source._patience = Patience(attempts=1)
+        with pytest.raises(kind, match=hint) as caught:
+            content(source, artifact, artifact.files[0])
+        assert (caught.value.code, caught.value.model) == (code, "a")  # type: ignore[attr-defined]
+
+    def test_etags(self, bucket: Bucket, fault_proxy: FaultProxy) -> None:
+        """A weak ETag pins by comparison only, as it matches nothing; without any ETag nothing is fetched."""
+        bucket.put("a.tar.gz", BODY)
+        source = source_of(attrs.evolve(bucket, store=bucket.store.at(fault_proxy.endpoint)))
+        fault_proxy.script(always=Fault(etag='W/"1-f"'), applies=any_request)
+        assert whole(source, "a") == BODY
+        assert not any("if-match" in request.headers for request in fault_proxy.requests)
+        fault_proxy.script(always=Fault(etag=""), applies=any_request)
+        with pytest.raises(SourceUnavailable, match="no ETag"):
+            source.find("a")
 
 
 class TestVersions:
@@ -698,28 +740,33 @@ sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
 class TestFork:
     """A source made, and used, before a fork."""
 
+    @pytest.mark.parametrize("tls", [False, True])
     @pytest.mark.parametrize("given", [True, False])
-    def test_children(self, bucket: Bucket, fault_proxy: FaultProxy, given: bool) -> None:
+    def test_children(self, bucket: Bucket, given: bool, tls: bool, tmp_path: Path) -> None:
         """Eight children each read their own model on connections of their own, never on an inherited one."""
         bodies = [noise(200_000, number) for number in range(10)]
         for number, body in enumerate(bodies):
             bucket.put(f"m{number}.tar.gz", body)
-        store = bucket.store
-        argument = json.dumps([fault_proxy.endpoint, bucket.name, store.access_key, store.secret_key, given])
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", _FORK, argument],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
+        context, trusted = certificate(tmp_path) if tls else (None, None)
+        with FaultProxy(bucket.store.endpoint, context) as proxy:
+            store = bucket.store.at(proxy.endpoint)
+            argument = json.dumps([store.endpoint, bucket.name, store.access_key, store.secret_key, given])
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", _FORK, argument],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+                env=os.environ | ({"AWS_CA_BUNDLE": str(trusted)} if trusted else {}),
+            )
         assert (done.returncode, done.stderr) == (0, "")
         hashes = [hashlib.sha256(body).hexdigest() for body in bodies]
         assert sorted(done.stdout.split()) == sorted([hashes[0], hashes[9], *hashes[1:9] * 3])
         used: dict[int, set[str]] = {}
-        for request in fault_proxy.requests:
+        for request in proxy.requests:
             used.setdefault(request.connection, set()).add(request.path)
         parents = {f"/{bucket.name}/m0.tar.gz", f"/{bucket.name}/m9.tar.gz"}
+        assert parents in used.values()  # the parent went on with its own
         assert all(len(paths) == 1 or paths == parents for paths in used.values())
 
     def test_state_is_collectable(self) -> None:

@@ -192,6 +192,19 @@ class TestLocalSource:
         (tmp_path / "later/a.tar.gz").write_bytes(b"x")
         assert source.find("a").size == 1
 
+    def test_wrong_kinds(self, tmp_path: Path) -> None:
+        """A folder with an archive's name is no archive, a file with a folder's name no folder."""
+        (tmp_path / "m/a.tar.gz").mkdir(parents=True)
+        (tmp_path / "m/b").write_bytes(b"")
+        source = LocalSource(tmp_path / "m")
+        for model in ("a", "a.tar.gz", "b", "b/c"):
+            with pytest.raises(ModelNotFound):
+                source.find(model)
+        (tmp_path / "m").rename(tmp_path / "old")
+        (tmp_path / "m").write_bytes(b"")
+        with pytest.raises(SourceUnavailable):
+            source.find("a")
+
     def test_in_place(self, tmp_path: Path) -> None:
         """With ``copy=False`` a folder is to be loaded where it lies; an archive still has to be unpacked."""
         (tmp_path / "a").mkdir()

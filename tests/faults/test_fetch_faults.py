@@ -259,7 +259,6 @@ class TestChanged:
         with pytest.raises(ArtifactChanged):
             scene.read()
 
-    @pytest.mark.servers
     def test_multipart(self, s3_ceph: Store) -> None:
         """A multipart object on Ceph is resumed with the ETag of the whole."""
         parts = [noise(5 * 1024 * 1024, 1), noise(300_000, 2)]

@@ -9,6 +9,14 @@ from tests.support.proxy import FaultProxy
 from tests.support.s3 import Bucket, Store
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a real server."""
+    for item in items:
+        if "s3_ceph" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.servers)
+
+
 @pytest.fixture(scope="session")
 def s3_moto() -> Iterator[Store]:
     """Run moto's server."""

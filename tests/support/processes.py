@@ -22,12 +22,11 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
     """Run a program until the block ends; it also ends with this process, however that ends."""
     setpriv = shutil.which("setpriv")
     guard = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
-    with (
-        log.open("ab") as output,
-        subprocess.Popen(
+    with log.open("ab") as output:
+        process = subprocess.Popen(
             [*guard, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        ) as process,
-    ):
+        )
+    with process:
         try:
             yield process
         finally:

@@ -17,6 +17,7 @@ import attrs
 from models import COLUMNS
 
 CLIENTS = 8
+_PAUSE = 0.04  # seconds between an answer and a client's next request, on average
 _SKEW = 1.0  # the model at rank n is asked for 1/n times as often as the first
 
 
@@ -85,7 +86,7 @@ def popularity(models: Sequence[str], seed: int = 11) -> tuple[list[str], list[f
 
 
 class Load:
-    """Several clients that ask without a pause, from ``start`` until the block ends.
+    """Several clients, each of which asks, waits for the answer and pauses a little, until the block ends.
 
     Args:
         port: of the server.
@@ -107,7 +108,7 @@ class Load:
     def _ask(self, seed: int) -> None:
         chance = random.Random(seed)
         with Api(self._port) as api:
-            while not self._stop.is_set():
+            while not self._stop.wait(chance.expovariate(1 / _PAUSE)):
                 (model,) = chance.choices(self._ranked, self._weights)
                 try:
                     self.done.append(predict(api, model, [chance.gauss() for _ in range(COLUMNS)]))

@@ -41,7 +41,7 @@ class Phase:
 def phase(name: str, began: float, ended: float, requests: Sequence[Request], watch: Watch) -> Phase:
     """Return what happened between two moments."""
     mine = [request for request in requests if began <= request.at < ended]
-    samples = [sample for sample in watch.samples if began <= sample.at <= ended]
+    samples = [sample for sample in watch.samples if began <= sample.at < ended]
     return Phase(name, began, ended, mine, samples[0], samples[-1])
 
 
@@ -83,8 +83,13 @@ def draw(path: Path, before: Phase, after: Phase, watch: Watch) -> None:
     figure, (memory, swaps, latency) = plt.subplots(
         3, 1, figsize=(11, 7.6), sharex=True, height_ratios=[5, 1.5, 4], layout="constrained"
     )
-    figure.suptitle("Swapping stops the moment the memory threshold is raised, with no restart", size=14, weight="bold")
+    figure.suptitle("Raise the memory threshold on the running server, and swapping stops", size=14, weight="bold")
     _draw_memory(memory, watch, zero, raised, end)
+    for one, name in ((before, "(a) threshold too low"), (after, "(b) threshold raised")):
+        share = sum(request.hit for request in one.requests) / max(len(one.requests), 1)
+        text = f"{name}\n{share:.0%} of requests find their model in memory"
+        middle = (one.began + one.ended) / 2 - zero
+        memory.text(middle, 1.02, text, transform=memory.get_xaxis_transform(), ha="center", va="bottom")
     _draw_swaps(swaps, watch, zero, end)
     _draw_latency(latency, [*before.requests, *after.requests], zero)
     latency.set_xlabel("seconds of load")
@@ -105,20 +110,21 @@ def _draw_memory(axes: Any, watch: Watch, zero: float, raised: float, end: float
     axes.step(at, [sample.high / MIB for sample in samples], where="post", color=HIGH, linewidth=2.2)
     axes.step(at, [sample.low / MIB for sample in samples], where="post", color=HIGH, linewidth=1.2, linestyle="--")
     first, last = samples[0], samples[-1]
-    top = last.high / MIB * 1.22
+    base = watch.samples[0].used / MIB
+    top = last.high / MIB * 1.1
     axes.set_ylim(0, top)
     axes.set_ylabel("memory (MiB)")
-    axes.text(0.4, first.high / MIB * 1.03, "high: above this, models are evicted", color=HIGH, va="bottom")
-    axes.text(0.4, first.low / MIB * 0.97, "low: when others fill the memory, down to here", color=HIGH, va="top")
-    axes.text(at[-1] * 0.985, last.used / MIB * 0.5, "used by the server", ha="right", weight="bold")
-    axes.text((raised - zero) / 2, top, "(a) threshold too low", ha="center", va="top", weight="bold", size=11)
-    axes.text(
-        (raised + end) / 2 - zero, top, "(b) threshold raised", ha="center", va="top", weight="bold", size=11
-    )
+    axes.text(0.3, first.high / MIB + top * 0.015, "high: above this, models are evicted", color=HIGH, va="bottom")
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
+    low = "low: growth from outside is answered down to here"
+    axes.text(0.3, first.low / MIB - top * 0.03, low, color=HIGH, va="top", bbox=box)
+    axes.axhline(base, color=INK, linewidth=0.8, linestyle=":")
+    axes.text(0.3, base - top * 0.03, "the server without any model", va="top")
+    axes.text(at[-1] * 0.985, (base + last.used / MIB) / 2, "memory the server uses", ha="right", weight="bold")
     axes.annotate(
         "threshold raised\non the running server",
         (raised - zero, (first.high + last.high) / 2 / MIB),
-        (raised - zero - 1.2, last.high / MIB * 0.88),
+        (raised - zero - 1.2, last.high / MIB * 0.8),
         ha="right",
         va="center",
         arrowprops={"arrowstyle": "->", "color": INK},
@@ -147,6 +153,6 @@ def _draw_latency(axes: Any, requests: Sequence[Request], zero: float) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="y", color="#e4e8ea")
     axes.set_axisbelow(True)
-    legend = axes.legend(loc="upper right", markerscale=3, frameon=True, edgecolor="none")
+    legend = axes.legend(loc="lower left", markerscale=3, frameon=True, edgecolor="none")
     for handle in legend.legend_handles:
         handle.set_alpha(1)

@@ -35,11 +35,8 @@ def main() -> int:
     """Tell the story; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20, help="of load in each of the two phases")
-    parser.add_argument("--a", type=float); parser.add_argument("--b", type=float)
     parser.add_argument("--models", type=Path, help="a folder that keeps the trained models for the next run")
     options = parser.parse_args()
-    global LOW_SHARE, HIGH_SHARE
-    LOW_SHARE = options.a or LOW_SHARE; HIGH_SHARE = options.b or HIGH_SHARE
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -84,8 +81,8 @@ def _tell(stack: contextlib.ExitStack, seconds: float, trained: Path | None) -> 
         began = time.monotonic()
         console.rule(f"[bold](a) threshold {tight / MIB:.0f} MiB: too low, about a third of the models fit")
         _watch_load(watch, load, seconds)
-        raised = time.monotonic()
         _set_high(watch, roomy)
+        raised = watch.samples[-1].at
         console.rule(f"[bold](b) threshold raised to {roomy / MIB:.0f} MiB on the running server")
         _watch_load(watch, load, seconds)
         ended = time.monotonic()
@@ -142,21 +139,22 @@ def _watch_load(watch: Watch, load: Load, seconds: float) -> None:
             )
             if time.monotonic() - shown >= _LINES_EVERY:
                 shown = time.monotonic()
-                for line in _lines(fresh):
-                    progress.console.print(f"{shown - began:5.1f} s  {line}", overflow="ellipsis", no_wrap=True)
+                for line, style in _lines(fresh):
+                    text = f"{shown - began:5.1f} s  {line}"
+                    console.print(text, style=style, markup=False, overflow="ellipsis", no_wrap=True)
                 fresh.clear()
 
         watch.look_for(seconds, tell)
 
 
-def _lines(events: list[Event]) -> list[str]:
-    """Return one swap among ``events`` as lines, preferably one that cost several models."""
+def _lines(events: list[Event]) -> list[tuple[str, str]]:
+    """Return one swap among ``events`` as lines with their colours: best one for which two models had to go."""
     found = swaps(events)
     if not found:
-        return ["no model loaded, none evicted"]
-    loaded, evicted = max(found, key=lambda swap: -abs(len(swap[1]) - 2))
+        return [("no model loaded, none evicted", "dim")]
+    loaded, evicted = min(found, key=lambda swap: abs(len(swap[1]) - 2))
     more = f"  (and {len(found) - 1} more loads)" if len(found) > 1 else ""
-    return [*(str(event) for event in evicted), f"{loaded}{more}"]
+    return [*((str(event), "red") for event in evicted), (f"{loaded}{more}", "green")]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""This process's own folder under ``tmp/``, in which it stages and removes; and the sweep of dead processes' ones.
+
+A workshop is locked (``flock``) by its process for as long as it lives, so that others can tell it from leftovers:
+the kernel drops the lock with the process.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import threading
+from pathlib import Path
+
+from modelcache.disk.files import make_folder, same, sweep_one
+from modelcache.errors import ConfigError
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+"""How a folder is opened to lock it."""
+
+
+class Workshop:
+    """One process's temporary folder.
+
+    Args:
+        root: ``tmp/`` of the tier; made again where somebody removed it.
+        mode: permissions of folders.
+
+    Concurrency: any thread. After a fork the child calls ``reset_after_fork`` before anything else.
+    """
+
+    def __init__(self, root: Path, mode: int) -> None:
+        self._root = root
+        self._mode = mode
+        self.reset_after_fork()
+
+    def reset_after_fork(self) -> None:
+        """In a child: forget the parent's folder; its lock is closed, never released."""
+        # guards which folder is this process's own: making it (mkdir, flock) is all that happens under it.
+        self._lock = threading.RLock()
+        self._close_lock()
+        self._folder: Path | None = None
+
+    def _close_lock(self) -> None:
+        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def folder(self) -> Path:
+        """Return the folder, made where it is missing.
+
+        Raises:
+            ConfigError: the file system has no file locks.
+            OSError: it can't be made.
+        """
+        with self._lock:
+            if self._folder is None or not self._folder.is_dir():
+                self._close_lock()
+                self._root.mkdir(parents=True, exist_ok=True, mode=self._mode)
+                self._folder = self._make()
+            return self._folder
+
+    def _make(self) -> Path:
+        while True:
+            folder = self._root / secrets.token_hex(8)
+            make_folder(folder, self._mode)
+            descriptor = os.open(folder, FOLDER)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # a sweeper has it
+                os.close(descriptor)
+                continue
+            except OSError as error:
+                os.close(descriptor)
+                shutil.rmtree(folder, ignore_errors=True)
+                if error.errno not in {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL}:
+                    raise
+                raise ConfigError(
+                    f"disk folder {self._root.parent} has no file locks ({error}): use a local file system",
+                    setting="path",
+                    value=str(self._root.parent),
+                ) from error
+            if same(descriptor, folder):
+                self._descriptor = descriptor
+                return folder
+            os.close(descriptor)  # a sweeper took it between its creation and the lock
+
+    def name(self) -> Path:
+        """Return a path in the folder that nobody else uses."""
+        return self.folder() / secrets.token_hex(8)
+
+    def sweep(self) -> None:
+        """Delete what dead processes, and only they, left beside this folder."""
+        mine = self.folder()
+        for leftover in self._root.iterdir():
+            if leftover != mine:
+                with contextlib.suppress(OSError):
+                    sweep_one(leftover)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        with self._lock:
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._close_lock()
+            self._folder = None

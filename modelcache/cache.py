@@ -8,6 +8,7 @@ say what was done and why.
 """
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from modelcache.events import Event, Reason
 from modelcache.flights import Cancelled, Flight
 from modelcache.ids import validate_id
 from modelcache.machinery import Machinery
-from modelcache.memory.entries import DEFAULT, Lease
+from modelcache.memory.entries import DEFAULT, Entry, Lease
 from modelcache.memory.tier import MemoryTier
 from modelcache.prefetching import Prefetch
 from modelcache.reports import ModelInfo, Stats
@@ -34,6 +35,7 @@ from modelcache.units import parse_seconds
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
 
+_log = logging.getLogger("modelcache")
 _new_lease = object.__new__
 
 
@@ -81,13 +83,13 @@ class ModelCache(Generic[T]):
         timeout: float | None = 60.0,
         retry_after: float = 5.0,
     ) -> None:
-        self._timeout = None if timeout is None else parse_seconds(timeout, "timeout", zero=True)
+        self._timeout = _check_timeout(timeout)
         self._parts: Machinery[T] = Machinery(
             source, load, disk, memory, unload, size_of, loaders, retry_after, self._lookup
         )
         self._desk = self._parts.residents
         self._resident = self._desk.resident
-        self._note = self._desk.note
+        self._gettable = self._resident if unload is None else {}
         self._life = Life(self._parts)
         lifecycle.enrol(self._life)
         self.memory: MemoryTier = self._parts.memory
@@ -107,16 +109,20 @@ class ModelCache(Generic[T]):
             UnsafeArtifact, TooLarge, NoRoom, LoadFailed, CacheClosed, Timeout: see ``errors``.
         """
         try:
-            entry = self._resident[model]
+            entry = self._gettable[model]
             value = entry.value
         except (KeyError, AttributeError, TypeError):  # not there; just unloaded; or not hashable
-            self._parts.warn_of_get()
+            self._warn_of_get()
             with self.lease(model, timeout=timeout) as value:
                 return value
-        self._note(entry)
-        if self._desk.watched:
-            self._desk.hit(entry, leased=False)
+        self._desk.note(entry)
         return value
+
+    def _warn_of_get(self) -> None:
+        """Say once that ``unload=`` can't know of callers of ``get``; the first one takes the slow path for it."""
+        if self._gettable is not self._resident:
+            self._gettable = self._resident
+            _log.warning("get() beside unload=: a model may be unloaded while its caller still uses it; use lease()")
 
     def lease(self, model: str, *, timeout: float | None = DEFAULT) -> Lease[T]:
         """Return a one-shot lease on a model: acquired by ``with``, or by ``acquire()``.
@@ -128,51 +134,64 @@ class ModelCache(Generic[T]):
             timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
         """
         lease: Lease[T] = _new_lease(Lease)
+        try:
+            lease._entry = self._resident[model]  # noqa: SLF001 - filled here, see Lease
+        except (KeyError, TypeError):
+            validate_id(model)
+            lease._entry = None  # noqa: SLF001
         lease.model = model
-        lease._desk = self._desk  # noqa: SLF001 - filled here, see Lease
+        lease._desk = self._desk  # noqa: SLF001
         lease._timeout = timeout  # noqa: SLF001
-        lease._entry = None  # noqa: SLF001
         return lease
 
     def _lookup(self, lease: Lease[T]) -> T:
         """Acquire a lease whose model was not found by the warm path."""
-        model = validate_id(lease.model)
-        timeout = self._timeout if lease.timeout is DEFAULT else lease.timeout
-        if timeout is not None:
-            timeout = parse_seconds(timeout, "timeout", zero=True)
+        model = lease.model
+        timeout = self._timeout if lease.timeout is DEFAULT else _check_timeout(lease.timeout)
         self._parts.enter(f"lookup of {model!a}")
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            flight, new = self._board(model, lease)
-            if flight is not None:
-                try:
-                    self._start(flight, new=new)
-                    arrived = self._await(flight, deadline)
-                finally:
-                    self._disembark(flight, lease)
-                if lease.entry is None:
-                    if arrived and isinstance(flight.error, Cancelled):
-                        continue
-                    raise flight.outcome(timeout)
+        try:
+            while True:
+                flight, new = self._board(model, lease)
+                if flight is None:
+                    self._desk.note(self._held(lease))
+                    break
+                self._start(flight, new=new)
+                arrived = self._await(flight, deadline)
+                self._disembark(model, lease)
+                if lease.held is not None:
+                    break
+                if not arrived or not isinstance(flight.error, Cancelled):
+                    raise flight.outcome(timeout)  # noqa: TRY301 - what is caught here cleans up after it
+            value = self._held(lease).value
             self._parts.pass_on()
-            assert lease.entry is not None  # noqa: S101 - boarding or landing held it
-            return lease.entry.value
+        except BaseException:  # whatever it is, nobody gets this lease
+            self._disembark(model, lease)
+            lease.release()
+            self._parts.pass_on()
+            raise
+        return value
+
+    @staticmethod
+    def _held(lease: Lease[T]) -> Entry[T]:
+        assert lease.held is not None  # noqa: S101 - boarding or landing held it
+        return lease.held
 
     def _board(self, model: str, lease: Lease[T]) -> tuple[Flight[T] | None, bool]:
         """Hold the model if it is in memory after all, else wait for its flight; one decision under the guard."""
         parts = self._parts
         with parts.guard:
-            self._check_open(model)
-            entry = self._desk.resident.get(model) or self._desk.rescue(model)
+            asker = parts.flights.running()
+            if asker is None:
+                self._check_open(model)
+            entry = self._desk.find(model, stays=not parts.closed)
             if entry is not None:
                 lease.hold(entry, get_ident())
-                self._note(entry)
                 return None, False
             event = parts.missed(model)
             failure = parts.flights.failure(model)
             flight, new = None, False
             if failure is None:
-                asker = parts.flights.running()
                 flight, new = parts.flights.start(model, Reason.REQUEST, to_memory=True, parent=asker)
                 if asker is not None:
                     failure = parts.flights.circle(flight, asker)
@@ -186,9 +205,9 @@ class ModelCache(Generic[T]):
         return flight, new
 
     def _start(self, flight: Flight[T], *, new: bool) -> None:
-        """See to it that some thread runs the flight: this one, where its own loader asks for a part."""
+        """See to it that some thread runs the flight: this one, where it is a thread of the cache itself."""
         parts = self._parts
-        if parts.flights.running() is not None:
+        if parts.flights.running() is not None or parts.workers.own():
             parts.loader.run(flight)
         elif new or not flight.claimed:
             parts.give_to_worker(flight, urgent=True)
@@ -197,14 +216,16 @@ class ModelCache(Generic[T]):
     def _await(flight: Flight[T], deadline: float | None) -> bool:
         return flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
 
-    def _disembark(self, flight: Flight[T], lease: Lease[T]) -> None:
+    def _disembark(self, model: str, lease: Lease[T]) -> None:
         """Stop waiting, whatever happened."""
         parts = self._parts
         with parts.guard:
-            flight.waiters.pop(lease, None)
+            flight = parts.flights.active.get(model)
             asker = parts.flights.running()
+            if flight is not None:
+                flight.waiters.pop(lease, None)
             if asker is not None:
-                asker.blocked_on.discard(flight)
+                asker.blocked_on = {ahead for ahead in asker.blocked_on if ahead is not flight and not ahead.landed}
             parts.guard.notify()
 
     def _check_open(self, model: str | None = None) -> None:
@@ -221,9 +242,9 @@ class ModelCache(Generic[T]):
         Raises:
             InvalidModelId, ConfigError, CacheClosed: nothing was begun. What fails later is in the handle's ``errors``.
         """
-        if isinstance(models, str | bytes):
+        if isinstance(models, str | bytes) or not hasattr(models, "__iter__"):
             raise ConfigError(f"prefetch takes a list of ids, not {models!r}", setting="models", value=models)
-        if tier not in {"memory", "disk"}:
+        if tier not in ("memory", "disk"):
             raise ConfigError(f"tier={tier!r} must be 'memory' or 'disk'", setting="tier", value=tier)
         wanted = list(dict.fromkeys(validate_id(model) for model in models))
         self._parts.enter("prefetch")
@@ -304,7 +325,7 @@ class ModelCache(Generic[T]):
         Returns:
             Whether all is gone. May be called again, from any thread, and from a signal handler.
         """
-        return self._life.close(None if timeout is None else parse_seconds(timeout, "timeout", zero=True))
+        return self._life.close(_check_timeout(timeout))
 
     def __enter__(self) -> Self:
         return self
@@ -317,3 +338,7 @@ class ModelCache(Generic[T]):
     def __repr__(self) -> str:
         """Say what it serves, from where."""
         return f"<ModelCache of {self._parts.source.url}, {len(self._desk.resident)} models in memory>"
+
+
+def _check_timeout(timeout: float | None) -> float | None:
+    return None if timeout is None else parse_seconds(timeout, "timeout", zero=True)

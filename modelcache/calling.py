@@ -18,7 +18,7 @@ def check_callable(value: object, setting: str, arguments: int) -> Callable[...,
     """
     if not callable(value):
         raise ConfigError(f"{setting}={value!r} is not callable", setting=setting, value=value)
-    if inspect.iscoroutinefunction(value):
+    if is_async(value):
         raise ConfigError(
             f"{setting}={_name(value)} is a coroutine function: give a plain function", setting=setting, value=value
         )
@@ -54,6 +54,13 @@ def make_load(load: object) -> Callable[[Path, str], Any]:
     if wants > 1:
         return function
     return lambda path, _: function(path)
+
+
+def is_async(value: object) -> bool:
+    """Whether calling ``value`` gives something to await: a coroutine function, or an object with an async call."""
+    return any(
+        inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) for one in (value, type(value).__call__)
+    )
 
 
 def _required(function: Callable[..., Any]) -> int:

@@ -19,14 +19,15 @@ class Life:
 
     def __init__(self, parts: Machinery[Any]) -> None:
         self._parts = parts
+        parts.ended = lambda: lifecycle.discharge(self)
 
     def before_fork(self) -> None:
         """Make sure that no decision is half made."""
-        self._parts.guard.__enter__()
+        self._parts.guard.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._parts.guard.__exit__(None, None, None)
+        self._parts.guard.release()
 
     def after_fork_in_child(self) -> None:
         """Forget threads that do not exist here."""
@@ -38,28 +39,34 @@ class Life:
             threading.Thread(target=self.close, args=(timeout,), name="modelcache-close").start()
             self._parts.closed = True
             return False
-        self._parts.settle()
+        parts = self._parts
+        parts.settle()
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._refuse_newcomers()
         self._stop_flights_nobody_waits_for()
-        self._unload_all()
         self._await_flights(deadline)
-        left = 3600.0 if deadline is None else max(deadline - time.monotonic(), 0.1)
-        ended = self._parts.workers.stop(left) & self._parts.monitor.stop(left) & self._parts.hooks.close(left)
-        gone = self._parts.finish() and ended
-        if gone:
-            lifecycle.discharge(self)
-        self._parts.pass_on()
+        self._unload_all()
+        left = threading.TIMEOUT_MAX if deadline is None else max(deadline - time.monotonic(), 0.1)
+        ended = parts.workers.stop(left) & parts.hooks.close(left)
+        gone = parts.finish() and parts.monitor.stop(left) and ended  # a lease left over still needs the monitor
+        parts.pass_on()
         return gone
 
     def abandon(self) -> None:
         """Remove the temporary folder at exit, also from under a fetch that would not end."""
         self._parts.shelf.close()
 
-    def _stop_flights_nobody_waits_for(self) -> None:
+    def _refuse_newcomers(self) -> None:
+        """From here on only loaders under way find models, so that they can end well."""
         with self._parts.guard:
             self._parts.closed = True
-            flights = list(self._parts.flights.active.values())
-            idle = [flight for flight in flights if not flight.waiters]
+            self._parts.residents.drain()
+            for entry in self._parts.residents.entries():
+                self._parts.residents.condemn(entry, Reason.CLOSE)
+
+    def _stop_flights_nobody_waits_for(self) -> None:
+        with self._parts.guard:
+            idle = [flight for flight in self._parts.flights.active.values() if not flight.waiters]
             for flight in idle:
                 flight.cancelled = True
             self._parts.guard.notify()
@@ -67,11 +74,9 @@ class Life:
             self._parts.abandon(flight, CacheClosed(f"the cache was closed before {flight.model!a} was begun"))
 
     def _unload_all(self) -> None:
+        residents = self._parts.residents
         with self._parts.guard:
-            self._parts.residents.drain()
-            retired = [
-                entry for entry in self._parts.residents.entries() if self._parts.residents.doom(entry, Reason.CLOSE)
-            ]
+            retired = [entry for entry in residents.entries() if residents.doom(entry, Reason.CLOSE)]
         self._parts.unloader.carry_out(retired)
 
     def _await_flights(self, deadline: float | None) -> None:
@@ -80,7 +85,7 @@ class Life:
         with parts.guard:
             while True:
                 busy = [flight for flight in parts.flights.active.values() if flight.thread != me]
-                if not busy and not parts.residents.leaving:
+                if not busy and all(entry.retirer == me for entry in parts.residents.leaving):
                     return
                 left = 1.0 if deadline is None else deadline - time.monotonic()
                 if left <= 0:

@@ -63,6 +63,16 @@ class Trip(Generic[T]):
         """Note what stands in the way, for a waiter whose time ends meanwhile."""
         self._flight.refusal = refusal
 
+    @property
+    def nested(self) -> bool:
+        """Whether a loader under way waits for it."""
+        return self._flight.parent is not None
+
+    def threads(self) -> set[int | None]:
+        """Return the idents of the threads that wait for it, and that run it; the guard is held."""
+        chain = {self._flight, *self._flight.ancestors()}
+        return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))
+
     def wanted(self) -> bool:
         """Whether somebody still waits for it; the guard is held."""
         return self._flight.wanted()

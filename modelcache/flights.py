@@ -32,6 +32,10 @@ class Watcher(Protocol):
         """Hear how it ended; called outside the guard."""
         ...
 
+    def reset_after_fork(self) -> None:
+        """Hear, in a child, that it will not end here."""
+        ...
+
 
 class Flight(Generic[T]):
     """One model on its way.
@@ -73,11 +77,6 @@ class Flight(Generic[T]):
         """Whether anybody still wants it."""
         return bool(self.waiters or self.watchers) and not self.cancelled
 
-    @property
-    def stuck(self) -> bool:
-        """Whether it can't go on before something else moves."""
-        return self.state in {"queued", "waiting for room"} or bool(self.blocked_on)
-
     def outcome(self, timeout: float | None) -> ModelCacheError:
         """Return the error for a caller that leaves without its model."""
         if self.error is not None:
@@ -91,6 +90,11 @@ class Flight(Generic[T]):
             timeout=timeout,
             state=self.state,
         )
+
+    @property
+    def landed(self) -> bool:
+        """Whether it is over, well or not; the guard is held."""
+        return self.state == "done"
 
     def ancestors(self) -> "set[Flight[T]]":
         """Return the flights whose loaders, one inside the other, asked for this one."""
@@ -112,10 +116,12 @@ class Flights(Generic[T]):
     Args:
         guard: the cache's lock; held by the caller of every method, unless said otherwise.
         retry_after: seconds for which a failure answers in place of a new try.
+        loaders: most flights that run at once, nested ones not counted.
     """
 
-    def __init__(self, guard: Guard, retry_after: float) -> None:
+    def __init__(self, guard: Guard, retry_after: float, loaders: int) -> None:
         self._guard = guard
+        self._loaders = loaders
         self._retry_after = retry_after
         self.active: dict[str, Flight[T]] = {}
         self._failures: dict[str, tuple[ModelCacheError, float]] = {}
@@ -216,8 +222,11 @@ class Flights(Generic[T]):
         """
         mine = {flight, *flight.ancestors()}
         others = [other for other in self.active.values() if other not in mine]
-        if any(not other.stuck for other in others):
-            return False
+        running = sum(other.claimed and other.parent is None for other in self.active.values())
+        for other in others:
+            queued = not other.claimed and running >= self._loaders
+            if not (queued or other.state == "waiting for room" or other.blocked_on):
+                return False
         waiting: set[int | None] = set()
         for stuck in [*mine, *others]:
             waiting.add(stuck.thread)
@@ -226,6 +235,8 @@ class Flights(Generic[T]):
 
     def reset_after_fork(self) -> None:
         """In a child: the parent's threads do not exist here, so neither do their flights."""
+        for watcher in {watcher for flight in self.active.values() for watcher in flight.watchers}:
+            watcher.reset_after_fork()
         self.active = {}
 
 

@@ -6,54 +6,37 @@ user's ``Policy``, is told so in its docstring.
 """
 
 import threading
-from types import TracebackType
-from typing import Self
+
+_RLock: type = type(threading.RLock())
 
 
-class Guard:
+class Guard(_RLock):  # type: ignore[misc]
     """A reentrant lock and its condition, for ``with`` statements.
 
     Reentrant, since a signal handler or a finalizer may run in the middle of a decision of its own thread:
-    it may look (``models()``), and ``busy`` tells it when it must not wait.
+    it may look (``models()``), and ``busy`` tells it when it must not decide. A subclass of the C lock, since
+    ``with`` on that is one step: an interrupt (Ctrl-C) can't fall between taking the lock and releasing it.
     """
 
+    # guards all mutable state of one cache: residents, shelf, flights, failures, counters;
+    # no I/O, no user code (but Policy), no logging, no other lock may be taken under it.
+
     def __init__(self) -> None:
-        self.reset_after_fork()
+        self._changed = threading.Condition(self)  # guards nothing of its own: it is this lock's
 
     def reset_after_fork(self) -> None:
-        """Start anew in a child: threads that could release the old lock do not exist there."""
-        # guards all mutable state of one cache: residents, shelf, flights, failures, counters;
-        # no I/O, no user code (but Policy), no logging, no other lock may be taken under it.
-        self._changed = threading.Condition(threading.RLock())
-        self._owner: int | None = None
-        self._depth = 0
-
-    def __enter__(self) -> Self:
-        self._changed.acquire()
-        self._owner = threading.get_ident()
-        self._depth += 1
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._owner = None
-        self._changed.release()
+        """In a child that was forked while this thread held it: let go; threads that waited do not exist here."""
+        self._changed = threading.Condition(self)  # guards nothing of its own: it is this lock's
+        self.release()
 
     @property
     def busy(self) -> bool:
         """Whether this very thread is in the middle of a decision (then it must not start another)."""
-        return self._owner == threading.get_ident()
+        return bool(self._is_owned())
 
     def wait(self, timeout: float) -> None:
         """Let go of the lock until ``notify`` or for ``timeout`` seconds, then take it again."""
-        depth, self._depth, self._owner = self._depth, 0, None
-        try:
-            self._changed.wait(timeout)
-        finally:
-            self._depth, self._owner = depth, threading.get_ident()
+        self._changed.wait(timeout)
 
     def notify(self) -> None:
         """Wake all who wait, since room or state may have changed; the lock is held."""

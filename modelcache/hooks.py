@@ -5,12 +5,12 @@ a log are made by ``sinks``. When an event is made, and that no lock is held whi
 business of whoever calls :meth:`Hooks.emit`.
 """
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
+from modelcache.calling import is_async
 from modelcache.deliveries import Background, Callback, Calls, Hook, name_of
 from modelcache.errors import ConfigError
 from modelcache.events import Event, Hit
@@ -213,12 +213,8 @@ def _check_type(event_type: object) -> None:
 def _check_callback(callback: object) -> None:
     if not callable(callback):
         problem = "is not callable"
-    elif _is_async(callback) or _is_async(type(callback).__call__):
+    elif is_async(callback):
         problem = "is a coroutine function, which nobody would await; give a plain function that starts it"
     else:
         return
     raise ConfigError(f"callback {name_of(callback)} {problem}", setting="callback", value=callback)
-
-
-def _is_async(function: object) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)

@@ -144,7 +144,7 @@ class Loader(Generic[T]):
             alone = churn == self.residents.churn and len(self.residents.reserved) == 1
             size, measured = self.residents.measured(need, before, after, alone=alone)
             keeps = found if isinstance(found, Held) else None
-            entry = Entry(flight.model, value, size, duration, sure=sure or measured, keeps=keeps)
+            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure or measured, keeps=keeps)
             del value
             del self.residents.reserved[flight]
             self.residents.churn += 1

@@ -64,23 +64,22 @@ class Machinery(Generic[T]):
         self.workers = Workers(parse_count(loaders, "loaders"))
         retry_after = parse_seconds(retry_after, "retry_after", zero=True)
         self.source = source_from(source)
-        self.memory = _tier(memory, MemoryTier, "memory")
-        self.disk = _tier(disk, DiskTier, "disk")
+        self.memory, self.disk = _unused(memory, MemoryTier, "memory"), _unused(disk, DiskTier, "disk")
         self.guard = Guard()
         self.hooks = Hooks()
         self.teller = Teller(self.hooks)
         self.closed = False
-        self._warned_of_get = unload is None
+        self.ended: Callable[[], None] = lambda: None
         self._inherited: list[Entry[T]] | None = None
         self.residents: Residents[T] = Residents(self.memory.policy, lookup, self._hit, self._released)
         self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller)
         self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, self.teller)
-        self.memory.bind(self._retuned)
         self.disk.bind(self.source.url, self._disk_retuned)
+        self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         self.disk_room = DiskRoom(self.disk, index, self.guard, _Upstairs(self), self.teller)
         self.shelf = Shelf(self.disk.store, self.source.url, self.guard, index, self.disk_room)
-        self.flights: Flights[T] = Flights(self.guard, retry_after)
+        self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
         self.monitor = Monitor(self._look, self.memory.interval)
         self.fetcher: Fetcher[T] = Fetcher(
             self.source, self.shelf, self.flights, self.residents, self.guard, self.teller
@@ -100,7 +99,6 @@ class Machinery(Generic[T]):
             closed=lambda: self.closed,
             landed=self.monitor.start,
         )
-        self.watch_hits()
 
     def pass_on(self) -> None:
         """At the end of a verb: log what users' policies did wrong, raise an interrupt kept from user code."""
@@ -113,23 +111,13 @@ class Machinery(Generic[T]):
                 policy.report()
 
     def watch_hits(self) -> None:
-        """Keep the warm path's one flag current: whether a hit must be told, or a ``get`` warned about."""
-        self.residents.watched = self.hooks.listens_hit or not self._warned_of_get
+        """Have hits told from now on where somebody listens, and only noted where nobody does."""
+        self.residents.watch_hits(told=self.hooks.listens_hit)
 
-    def _hit(self, entry: Entry[T], *, leased: bool) -> None:
-        if not leased:
-            self.warn_of_get()
-        if self.hooks.wants(Hit):
-            event = Hit(seq=self.teller.number(), time=time.time(), model=entry.model, tier="memory")
-            self.teller.tell([event])
-            self.pass_on()
-
-    def warn_of_get(self) -> None:
-        """Say once that ``unload=`` can't know of callers of ``get``."""
-        if not self._warned_of_get:
-            self._warned_of_get = True
-            self.watch_hits()
-            _log.warning("get() beside unload=: a model may be unloaded while its caller still uses it; use lease()")
+    def _hit(self, entry: Entry[T]) -> None:
+        event = Hit(seq=self.teller.number(), time=time.time(), model=entry.model, tier="memory")
+        self.teller.tell([event])
+        self.teller.pass_on()
 
     def enter(self, verb: str) -> None:
         """Begin a verb that decides.
@@ -211,6 +199,7 @@ class Machinery(Generic[T]):
             gone = self.shelf.delete(model) and gone
             with self.guard:
                 self.residents.forget(model)
+        self.finish()
         self.pass_on()
         return gone and not (reason is Reason.DELETE and self._on_disk(model))
 
@@ -242,12 +231,14 @@ class Machinery(Generic[T]):
     def _disk_retuned(self) -> None:
         self.enter("an assignment to a disk limit")
         self.disk_room.shrink()
+        self.finish()
         self.pass_on()
 
     def _look(self) -> bool:
         self.room.look()
         self._report_policies()
         self.teller.drop()
+        self.finish()
         with self.guard:
             return bool(self.residents.resident or self.residents.doomed)
 
@@ -260,6 +251,8 @@ class Machinery(Generic[T]):
         if left:
             return False
         self.shelf.close()
+        self.monitor.stop()
+        self.ended()
         return True
 
     def reset_after_fork(self) -> None:
@@ -269,9 +262,9 @@ class Machinery(Generic[T]):
         self.workers.reset_after_fork()
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
-        entries = self.residents.reset_after_fork(threading.get_ident())
+        entries = self.residents.reset_after_fork(threading.get_ident(), self._inherited or [])
         self.shelf.reset_after_fork(entry.keeps for entry in entries if isinstance(entry.keeps, Held))
-        self._inherited = [*(self._inherited or []), *entries]
+        self._inherited = entries
 
     def settle(self) -> None:
         """In a child, before the first use: take over the models that were loaded before the fork."""
@@ -302,9 +295,14 @@ class _Upstairs:
         return self._parts.residents.holders(frozenset(models))
 
 
-def _tier(tier: Any, kind: type, setting: str) -> Any:
+def _unused(tier: Any, kind: Any, setting: str) -> Any:
+    """Return a tier that serves no cache yet; both are checked before either is used up."""
     if tier is None:
         return kind()
     if not isinstance(tier, kind):
         raise ConfigError(f"{setting}={tier!r} must be a {kind.__name__}", setting=setting, value=tier)
+    if tier.bound:
+        raise ConfigError(
+            f"this {kind.__name__} serves another ModelCache already: give each its own", setting=setting, value=tier
+        )
     return tier

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 
 import attrs
 
-from modelcache.errors import ModelCacheError
+from modelcache.errors import CacheClosed, ModelCacheError
+from modelcache.units import parse_seconds
 
 
 @attrs.frozen
@@ -35,17 +36,30 @@ class Prefetch:
     """
 
     def __init__(self, models: Iterable[str], drop: Callable[["Prefetch", Iterable[str]], None]) -> None:
-        # guards the open set and the errors; nothing is called under it.
-        self._changed = threading.Condition(threading.RLock())
+        self._make_lock()
         self._open = set(models)
         self._total = len(self._open)
         self._drop = drop
         self.errors: dict[str, ModelCacheError] = {}
         self.cancelled = False
 
+    def _make_lock(self) -> None:
+        # guards the open set and the errors; nothing is called under it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # guards nothing of its own: it is the lock's
+
+    def reset_after_fork(self) -> None:
+        """In a child: what the parent's threads were bringing in does not arrive here."""
+        self._make_lock()
+        for model in self._open:
+            self.errors[model] = CacheClosed(
+                f"the prefetch of {model!a} was left to the parent process: prefetch it again", model=model
+            )
+        self._open = set()
+
     def finished(self, model: str, error: ModelCacheError | None) -> None:
         """Take note that one model has arrived, or failed; called by the cache."""
-        with self._changed:
+        with self._lock:
             if model in self._open:
                 self._open.discard(model)
                 if error is not None:
@@ -55,14 +69,14 @@ class Prefetch:
     @property
     def progress(self) -> Progress:
         """How far it is; never waits."""
-        with self._changed:
+        with self._lock:
             failed = len(self.errors)
             return Progress(self._total, self._total - len(self._open) - failed, failed)
 
     @property
     def done(self) -> bool:
         """Whether every model has arrived or failed, or it was cancelled."""
-        with self._changed:
+        with self._lock:
             return not self._open
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -70,12 +84,13 @@ class Prefetch:
 
         Look at ``errors`` for what failed.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._open, timeout)
+        limit = None if timeout is None else parse_seconds(timeout, "timeout", zero=True)
+        with self._lock:
+            return self._changed.wait_for(lambda: not self._open, limit)
 
     def cancel(self) -> None:
         """Stop what nobody else wants; what has arrived stays. ``wait`` returns at once from here on."""
-        with self._changed:
+        with self._lock:
             dropped, self._open = self._open, set()
             self.cancelled = True
             self._changed.notify_all()

@@ -5,6 +5,7 @@ Parsing and printing only; what a percentage is a percentage *of* is known to th
 
 import math
 import re
+from threading import TIMEOUT_MAX
 
 import attrs
 
@@ -23,6 +24,9 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", re.ASCII)
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
+MAX_BYTES = 2**63 - 1
+"""Largest size that is taken for one: what a file offset can hold."""
+_LONGEST = 40  # characters of a size or percentage
 _HOW = 'give an int of bytes or a string with a unit, like "20 GiB" or "512 MB"'
 
 
@@ -59,7 +63,7 @@ def parse_bytes(value: object, setting: str, *, zero: bool = False) -> int:
     Raises:
         ConfigError: a float, a bool, no unit, an unknown unit, negative, or zero where that can't work.
     """
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+    if isinstance(value, str) and len(value) <= _LONGEST and (match := _SIZE.fullmatch(value)):
         unit = _UNITS.get(match[2].upper())
         if unit is None:
             raise ConfigError(
@@ -72,6 +76,8 @@ def parse_bytes(value: object, setting: str, *, zero: bool = False) -> int:
         size = value
     else:
         raise ConfigError(f"{setting}={value!r} is not a size: {_HOW}", setting=setting, value=value)
+    if size > MAX_BYTES:
+        raise ConfigError(f"{setting}={value!r:.40} is more than any machine has: {_HOW}", setting=setting, value=value)
     if size < 0 or (size == 0 and not zero):
         least = "0 or more" if zero else "above 0"
         raise ConfigError(f"{setting}={value!r} must be {least}: {_HOW}", setting=setting, value=value)
@@ -84,7 +90,7 @@ def parse_size(value: object, setting: str, *, zero: bool = False) -> Size:
     Raises:
         ConfigError: as :func:`parse_bytes`; also a percentage of 0 or above 100.
     """
-    if isinstance(value, str) and (match := _PERCENT.fullmatch(value)):
+    if isinstance(value, str) and len(value) <= _LONGEST and (match := _PERCENT.fullmatch(value)):
         share = float(match[1])
         if not 0 < share <= 100:  # noqa: PLR2004 - percent
             raise ConfigError(f"{setting}={value!r} must be above 0% and at most 100%", setting=setting, value=value)
@@ -93,17 +99,24 @@ def parse_size(value: object, setting: str, *, zero: bool = False) -> Size:
 
 
 def parse_seconds(value: object, setting: str, *, zero: bool = False) -> float:
-    """Return ``value`` as seconds.
+    """Return ``value`` as seconds; more than Python can wait is cut to that (292 years).
 
     Raises:
         ConfigError: not a number, not finite, negative, or zero where that can't work.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value):
         raise ConfigError(f"{setting}={value!r} must be a finite number of seconds", setting=setting, value=value)
     if value < 0 or (value == 0 and not zero):
         least = "0 or more" if zero else "above 0"
         raise ConfigError(f"{setting}={value!r} must be {least} seconds", setting=setting, value=value)
-    return float(value)
+    return float(min(value, TIMEOUT_MAX))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond what a float can hold
+        return False
 
 
 def parse_count(value: object, setting: str) -> int:

@@ -30,7 +30,8 @@ class Workers:
         """Start anew in a child, where none of the threads exists."""
         # guards the two queues, the set of threads and the count of idle ones; taken after no other lock
         # is held, and no job is run under it.
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # guards nothing of its own: it is the lock's
         self._urgent: deque[Callable[[], None]] = deque()
         self._later: deque[Callable[[], None]] = deque()
         self._threads: set[threading.Thread] = set()
@@ -43,7 +44,7 @@ class Workers:
         Raises:
             RuntimeError: stopped, or the interpreter is shutting down and starts no more threads.
         """
-        with self._changed:
+        with self._lock:
             if self._stopped:
                 raise RuntimeError("the cache's threads were stopped")
             if self._waiting <= len(self._urgent) + len(self._later) and len(self._threads) < self._most:
@@ -52,6 +53,10 @@ class Workers:
                 self._threads.add(thread)
             (self._urgent if urgent else self._later).append(job)
             self._changed.notify()
+
+    def own(self) -> bool:
+        """Whether the calling thread is one of these: then it must not wait for another one of them."""
+        return threading.current_thread() in self._threads
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -63,7 +68,7 @@ class Workers:
 
     def _next(self) -> Callable[[], None] | None:
         deadline = time.monotonic() + self._idle
-        with self._changed:
+        with self._lock:
             while not self._urgent and not self._later:
                 left = deadline - time.monotonic()
                 if self._stopped or left <= 0:
@@ -76,7 +81,7 @@ class Workers:
 
     def stop(self, timeout: float) -> bool:
         """Let the threads end once the queues are empty; return whether all did within ``timeout`` seconds."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
             threads = self._threads - {threading.current_thread()}
             self._changed.notify_all()

@@ -120,22 +120,29 @@ class Caches:
     def finish(self) -> None:
         """Close all that were made, and check what must hold; look at all before failing for one."""
         problems: list[str] = []
-        for cache, book, leases_left in self._made:
+        closed = [cache.close(timeout=WAIT) for cache, _, _ in self._made]
+        latest = {cache.disk.path: cache for cache, _, _ in self._made}.values()
+        for (cache, book, leases_left), done in zip(self._made, closed, strict=True):
             try:
+                assert done is not leases_left, f"close() returned {done}"
                 check_closed(cache, book, leases_left=leases_left)
+                if cache in latest:  # an earlier one knows nothing of what this one did
+                    check_bytes(cache)
             except AssertionError as error:
                 problems.append(str(error))
         assert not problems, "\n".join(problems)
 
 
 def check_closed(cache: ModelCache[Any], book: Book, *, leases_left: bool = False) -> None:
-    """Close a cache, and assert all that must hold of a closed one."""
-    closed = cache.close(timeout=WAIT)
-    assert closed is not leases_left, f"close() returned {closed}"
+    """Assert all that must hold of a closed cache."""
     if not leases_left:
         book.check()
         left = [str(path) for path in (cache.disk.path / "tmp").iterdir()]
         assert not left, f"left under tmp/: {left}"
+
+
+def check_bytes(cache: ModelCache[Any]) -> None:
+    """Assert that a cache counts on disk what is there."""
     used, there = cache.stats().disk_used, allocated(cache.disk.path)
     assert used == there, f"counted {used} bytes on disk, there are {there}"
 

@@ -6,9 +6,9 @@ Run it::
 
 An artifact is ``<model>.tar.gz`` with ``model.joblib`` in it. Environment: ``MODELCACHE_SOURCE``, and if you like
 ``MODELCACHE_DISK`` (a folder), ``MODELCACHE_DISK_BUDGET``, ``MODELCACHE_HIGH``, ``MODELCACHE_LOW``,
-``MODELCACHE_BUDGET``, ``MODELCACHE_MAX_MODELS``, ``MODELCACHE_LOADERS``, ``MODELCACHE_TIMEOUT`` (seconds).
-Credentials, region and ``AWS_ENDPOINT_URL`` are read by boto3. Each worker has its own memory tier and answers ``/models``, ``/stats``,
-``/events`` and ``/memory`` for itself; let only operators reach these.
+``MODELCACHE_BUDGET``, ``MODELCACHE_MAX_MODELS``, ``MODELCACHE_LOADERS``, ``MODELCACHE_TIMEOUT`` (seconds). boto3
+reads credentials, region and ``AWS_ENDPOINT_URL``. Each worker has its own memory tier and answers ``/models``,
+``/stats``, ``/events`` and ``/memory`` for itself; let only operators reach these.
 """
 
 import json
@@ -76,10 +76,9 @@ def make_cache() -> ModelCache[Any]:
 
 def inputs() -> list[Any]:
     """Return the rows that the request brings as ``{"inputs": [...]}``."""
-    match request.get_json():
-        case {"inputs": list() as rows}:
-            return rows
-    abort(400, 'send {"inputs": [row, ...]}')
+    body = request.get_json()
+    rows = body.get("inputs") if isinstance(body, dict) else None
+    return rows if isinstance(rows, list) else abort(400, 'send {"inputs": [row, ...]}')
 
 
 def create_app() -> Flask:
@@ -88,6 +87,20 @@ def create_app() -> Flask:
     app.logger.setLevel(logging.INFO)
     cache = app.extensions["modelcache"] = make_cache()
     sinks.log(cache, logger=app.logger)
+    add_predictions(app, cache)
+    add_operations(app, cache)
+
+    @app.errorhandler(ModelCacheError)
+    def refuse(error: ModelCacheError) -> tuple[dict[str, Any], int, dict[str, str]]:
+        status = next((status for kinds, status in STATUS.items() if isinstance(error, kinds)), 500)
+        later = {"Retry-After": "5"} if status == 503 else {}  # noqa: PLR2004 - HTTP
+        return {"error": type(error).__name__, "message": str(error)}, status, later
+
+    return app
+
+
+def add_predictions(app: Flask, cache: ModelCache[Any]) -> None:
+    """Add what clients ask for."""
 
     @app.post("/models/<path:model>/predict")
     def predict(model: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -123,6 +136,10 @@ def create_app() -> Flask:
     def note(_: Missed) -> None:
         g.missed = True  # a callback runs on the thread that caused the event: this request's
 
+
+def add_operations(app: Flask, cache: ModelCache[Any]) -> None:
+    """Add what operators ask for: what is where, what happened and why, and other limits."""
+
     @app.get("/models")
     def models() -> list[dict[str, Any]]:
         return [attrs.asdict(row) for row in cache.models()]
@@ -146,11 +163,3 @@ def create_app() -> Flask:
         for name, value in wanted.items():
             setattr(cache.memory, name, value)
         return {name: getattr(cache.memory, name) for name in names}
-
-    @app.errorhandler(ModelCacheError)
-    def refuse(error: ModelCacheError) -> tuple[dict[str, Any], int, dict[str, str]]:
-        status = next((status for kinds, status in STATUS.items() if isinstance(error, kinds)), 500)
-        later = {"Retry-After": "5"} if status == 503 else {}  # noqa: PLR2004 - HTTP
-        return {"error": type(error).__name__, "message": str(error)}, status, later
-
-    return app

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -73,6 +74,7 @@ class Store:
         self._pins = Pins()
         with _told(path):
             self._open()
+        weakref.finalize(self, self._workshop.close)  # for a tier that never gets a cache to close it
 
     def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)

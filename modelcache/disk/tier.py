@@ -106,18 +106,18 @@ class DiskTier:
         if self._changed is not None:
             self._changed()
 
+    @property
+    def bound(self) -> bool:
+        """Whether it serves a cache already."""
+        return self._changed is not None
+
     def bind(self, source: str, changed: Callable[[], None]) -> None:
         """Attach the tier to its one cache; called by ``ModelCache``.
 
         Args:
             source: URL of the cache's source; decides the folder where the user gave none.
             changed: called after each assignment, without any lock held.
-
-        Raises:
-            ConfigError: it serves a cache already.
         """
-        if self._changed is not None:
-            raise ConfigError("this DiskTier serves another ModelCache already: give each its own", setting="disk")
         if self._store is None:
             self._open(_default_folder(source))
         self._changed = changed
@@ -139,9 +139,13 @@ def _parse_budget(value: int | str | None) -> Size | None:
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
     try:
-        return Path(path).expanduser().absolute()
-    except (TypeError, RuntimeError) as error:
-        raise ConfigError(f"path={path!r} must be a str or a Path ({error})", setting="path", value=path) from error
+        text = os.fspath(path)
+        if text and "\0" not in text:
+            return Path(text).expanduser().absolute()
+        error: Exception = ValueError("empty, or with a NUL")
+    except (TypeError, RuntimeError) as problem:
+        error = problem
+    raise ConfigError(f"path={path!r} must be a str or a Path ({error})", setting="path", value=path) from error
 
 
 def _default_folder(source: str) -> Path:

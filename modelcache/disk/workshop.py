@@ -41,6 +41,7 @@ class Workshop:
         self._lock = threading.RLock()
         self._close_lock()
         self._folder: Path | None = None
+        self._process = os.getpid()
 
     def _close_lock(self) -> None:
         descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
@@ -100,6 +101,8 @@ class Workshop:
 
     def close(self) -> None:
         """Remove the folder."""
+        if self._process != os.getpid():  # a child that never used the tier: the folder is its parent's
+            return
         with self._lock:
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)

@@ -25,6 +25,7 @@ class Entry(Generic[T]):
     """One load of a model.
 
     Attributes:
+        desk: whose it is.
         model: its id.
         value: what ``load`` returned; deleted once it is unloaded.
         holds: ``id(lease)`` to the ident of the thread that took it; written without a lock.
@@ -34,6 +35,7 @@ class Entry(Generic[T]):
         cost: seconds that the load took.
         doomed: why it goes with its last hold; None while it stays.
         reason: why it went.
+        retirer: ident of the thread that carries its departure out.
         inherited: loaded before a fork, so that dropping it gives nothing back.
         keeps: what must stay open as long as it is in memory: its pin on the disk tier.
         hits: lookups that found it, booked when the uses are drained.
@@ -44,6 +46,7 @@ class Entry(Generic[T]):
         "_seen",
         "bytes",
         "cost",
+        "desk",
         "doomed",
         "hits",
         "holds",
@@ -52,12 +55,16 @@ class Entry(Generic[T]):
         "model",
         "reason",
         "retired",
+        "retirer",
         "sure",
         "used",
         "value",
     )
 
-    def __init__(self, model: str, value: T, size: int, cost: float, *, sure: bool = False, keeps: Any = None) -> None:
+    def __init__(
+        self, desk: "Desk[T]", model: str, value: T, size: int, cost: float, *, sure: bool = False, keeps: Any = None
+    ) -> None:
+        self.desk = desk
         self.model = model
         self.value = value
         self.holds: dict[int, int] = {}
@@ -68,6 +75,7 @@ class Entry(Generic[T]):
         self.cost = cost
         self.doomed: Reason | None = None
         self.reason: Reason | None = None
+        self.retirer: int | None = None
         self.inherited = False
         self.keeps = keeps
         self.hits = 0
@@ -93,23 +101,16 @@ class Desk(Protocol[T]):
     """What a lease needs of its cache.
 
     Attributes:
-        resident: models that a lookup may find without the lock.
-        note: appends to a bounded list of uses, which slow work drains.
-        watched: whether each hit must be told to somebody.
+        note: takes note of a use: appends to a bounded list, which slow work drains; where somebody listens for
+            hits, it tells them too.
         short: whether somebody waits for room, or a limit could not be met: then each release looks again.
     """
 
-    resident: dict[str, Entry[T]]
     note: Callable[[Entry[T]], None]
-    watched: bool
     short: bool
 
     def lookup(self, lease: "Lease[T]") -> T:
         """Find, fetch and load: everything but a warm hit."""
-        ...
-
-    def hit(self, entry: Entry[T], *, leased: bool) -> None:
-        """Tell those who listen for hits."""
         ...
 
     def released(self, entry: Entry[T]) -> None:
@@ -139,9 +140,9 @@ class Lease(Generic[T]):
     __slots__ = ("__weakref__", "_desk", "_entry", "_timeout", "model")
 
     model: str
-    _desk: Desk[T]
+    _desk: Desk[T] | None  # None once it was acquired: a lease is one-shot
     _timeout: float | None
-    _entry: Entry[T] | tuple[()] | None  # None: not acquired yet; (): released
+    _entry: Entry[T] | tuple[()] | None  # what was in memory when it was made, or is held; (): released
 
     # No __init__: ModelCache.lease fills the slots, which is a fifth of a warm hit faster.
 
@@ -151,24 +152,24 @@ class Lease(Generic[T]):
         Raises:
             ModelCacheError: any of the library's errors; also where this lease was acquired before.
         """
-        if self._entry is not None:
+        entry, desk = self._entry, self._desk
+        if desk is None:
             raise ModelCacheError(
                 f"this lease on {self.model!a} was used already: a lease is one-shot, ask for a new one",
                 model=self.model,
             )
-        desk = self._desk
-        try:
-            entry = desk.resident[self.model]
-        except (KeyError, TypeError):  # not there; or not hashable: the lookup says what an id is
+        if not entry:
             return desk.lookup(self)
         entry.holds[id(self)] = get_ident()
         if entry.retired:
             entry.holds.pop(id(self), None)
             return desk.lookup(self)
-        self._entry = entry
-        desk.note(entry)
-        if desk.watched:
-            desk.hit(entry, leased=True)
+        self._desk = None
+        try:
+            desk.note(entry)
+        except BaseException:  # an interrupt from a callback that hears of hits: nobody gets this lease
+            self.release()
+            raise
         return entry.value
 
     __enter__ = acquire
@@ -189,9 +190,10 @@ class Lease(Generic[T]):
             del entry.holds[id(self)]  # type: ignore[union-attr]  # whoever deletes it has released it
         except (AttributeError, KeyError):
             return
+        assert entry  # noqa: S101 - for the type checker
         self._entry = ()
-        if self._desk.short or entry.doomed is not None:  # type: ignore[union-attr]
-            self._desk.released(entry)  # type: ignore[arg-type]
+        if entry.desk.short or entry.doomed is not None:
+            entry.desk.released(entry)
 
     __exit__ = release
 
@@ -199,11 +201,13 @@ class Lease(Generic[T]):
         """Take hold of an entry on behalf of the thread that waits for it; the guard is held."""
         entry.holds[id(self)] = thread
         self._entry = entry
+        self._desk = None
 
     @property
-    def entry(self) -> Entry[T] | None:
+    def held(self) -> Entry[T] | None:
         """What is held; None before and after."""
-        return self._entry or None
+        entry = self._entry
+        return entry if entry and id(self) in entry.holds else None
 
     @property
     def timeout(self) -> float | None:
@@ -215,7 +219,7 @@ class Lease(Generic[T]):
         if self._entry:
             entry = self._entry
             if entry.holds.pop(id(self), None) is not None:
-                self._desk.orphaned(entry)
+                entry.desk.orphaned(entry)
                 warnings.warn(
                     f"a lease on {self.model!a} was collected unreleased: use it in a 'with' statement",
                     ResourceWarning,
@@ -225,4 +229,4 @@ class Lease(Generic[T]):
 
     def __repr__(self) -> str:
         """Say which model, and whether it is held."""
-        return f"<Lease of {self.model!r}, {'held' if self._entry else 'not held'}>"
+        return f"<Lease of {self.model!r}, {'held' if self.held else 'not held'}>"

@@ -7,6 +7,7 @@ Every method here runs under the guard and does nothing but decide: what is to b
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
+from threading import get_ident
 from typing import Generic, TypeVar
 
 from modelcache.events import Reason
@@ -38,22 +39,21 @@ class Residents(Generic[T]):
         self,
         policy: Policy,
         lookup: Callable[[Lease[T]], T],
-        hit: Callable[..., None],
+        hit: Callable[[Entry[T]], None],
         released: Callable[[Entry[T]], None],
     ) -> None:
         self.lookup = lookup
-        self.hit = hit
+        self._hit = hit
         self.released = released
         self.resident: dict[str, Entry[T]] = {}
         self._uses: deque[Entry[T]] = deque(maxlen=_USES)
-        self.note = self._uses.append
-        self.watched = False
+        self.note: Callable[[Entry[T]], None] = self._uses.append
         self.short = False
         self.doomed: dict[str, Entry[T]] = {}
         self.leaving: set[Entry[T]] = set()
         self.orphans: deque[Entry[T]] = deque()
         self.reserved: dict[object, int] = {}
-        self.waiting = 0
+        self.line: dict[object, None] = {}
         self.over = False
         self.hits = 0
         self.misses = 0
@@ -61,6 +61,14 @@ class Residents(Generic[T]):
         self.churn = 0
         self._policy = policy
         self._known: dict[str, tuple[int, bool, int]] = {}  # model: footprint, sure, hits; kept after it left
+
+    def watch_hits(self, *, told: bool) -> None:
+        """Tell each hit, or only note it."""
+        self.note = self._note_and_tell if told else self._uses.append
+
+    def _note_and_tell(self, entry: Entry[T]) -> None:
+        self._uses.append(entry)
+        self._hit(entry)
 
     def orphaned(self, entry: Entry[T]) -> None:
         """Note a release from a finalizer; the monitor looks at it."""
@@ -123,6 +131,16 @@ class Residents(Generic[T]):
         self.resident[entry.model] = entry
         self._policy.admitted(Resident(entry.model, entry.bytes, entry.cost))
 
+    def find(self, model: str, *, stays: bool) -> Entry[T] | None:
+        """Return a model that is in memory; ``stays``: rescued where it was to leave with its last lease."""
+        entry = self.resident.get(model)
+        if entry is not None:
+            return entry
+        if stays:
+            return self.rescue(model)
+        entry = self.doomed.get(model)
+        return None if entry is None or entry.retired else entry
+
     def rescue(self, model: str) -> Entry[T] | None:
         """Return a model that was to leave with its last lease, and let it stay."""
         entry = self.doomed.get(model)
@@ -136,13 +154,17 @@ class Residents(Generic[T]):
 
     def doom(self, entry: Entry[T], reason: Reason) -> bool:
         """Make an entry leave: True where it is retired at once, False where its last lease will do it."""
+        return self.retire(entry, self.condemn(entry, reason))
+
+    def condemn(self, entry: Entry[T], reason: Reason) -> Reason:
+        """Hide an entry from lookups, to be retired later; return for which reason."""
         if entry.doomed is not Reason.DELETE:
             entry.doomed = reason
         if self.resident.get(entry.model) is entry:
             del self.resident[entry.model]
             self._policy.removed(entry.model)
         self.doomed[entry.model] = entry
-        return self.retire(entry, entry.doomed)
+        return entry.doomed
 
     def retire(self, entry: Entry[T], reason: Reason) -> bool:
         """Take an entry out of memory unless it is held; the caller then unloads it, outside the guard."""
@@ -153,6 +175,7 @@ class Residents(Generic[T]):
             entry.retired = False
             return False
         entry.reason = reason
+        entry.retirer = get_ident()
         for known in (self.resident, self.doomed):
             if known.get(entry.model) is entry:
                 del known[entry.model]
@@ -252,7 +275,7 @@ class Residents(Generic[T]):
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
-        self.short = bool(self.waiting) or self.over
+        self.short = bool(self.line) or self.over
 
     def measured(self, estimate: int, before: Limits, after: Limits, *, alone: bool) -> tuple[int, bool]:
         """Return the footprint of a load, and whether it was measured.
@@ -264,12 +287,16 @@ class Residents(Generic[T]):
         grown = after.reading.used - before.reading.used
         return (max(grown, estimate), True) if grown >= _NOISE else (estimate, False)
 
-    def reset_after_fork(self, thread: int) -> list[Entry[T]]:
+    def reset_after_fork(self, thread: int, unsettled: Iterable[Entry[T]]) -> list[Entry[T]]:
         """In a child: keep the models, and only the leases of the thread that forked; return the models.
+
+        Args:
+            thread: its ident.
+            unsettled: what a parent that was itself forked, and never used, had still to ``restore``.
 
         ``resident`` is empty from here until ``restore``, so that the first lookup takes the slow path.
         """
-        entries = self.entries()
+        entries = [*unsettled, *self.entries()]
         self.drain()
         for entry in entries:
             entry.inherited = True
@@ -278,7 +305,7 @@ class Residents(Generic[T]):
         self.orphans = deque()
         self.leaving = set()
         self.reserved = {}
-        self.waiting = 0
+        self.line = {}
         self.short = self.over = False
         return entries
 

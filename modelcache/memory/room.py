@@ -35,6 +35,15 @@ class Applicant(Protocol):
         """The id of the model that is to be loaded."""
         ...
 
+    @property
+    def nested(self) -> bool:
+        """Whether a loader under way waits for it: then it does not wait behind others."""
+        ...
+
+    def threads(self) -> set[int | None]:
+        """Return the idents of the threads that wait for it, and that run it; the guard is held."""
+        ...
+
     def wanted(self) -> bool:
         """Whether somebody still waits for it; the guard is held."""
         ...
@@ -76,7 +85,7 @@ class Room(Generic[T]):
         self.evictions = 0
 
     def admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
-        """Reserve ``need`` bytes under ``token``, evicting just enough.
+        """Reserve ``need`` bytes under ``token``, evicting just enough; who waits is served in turn.
 
         Returns:
             The reading that allowed it, and what ``residents.churn`` is as long as nothing else moves.
@@ -85,6 +94,15 @@ class Room(Generic[T]):
             TooLarge: the model can never fit.
             NoRoom: what is in the way is leased, or is not the cache's.
         """
+        try:
+            return self._admit(applicant, token, need)
+        finally:
+            with self._guard:
+                self._residents.line.pop(token, None)
+                self._residents.update_short()
+                self._guard.notify()
+
+    def _admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
         residents, futile, most, rows = self._residents, 0, 1, 0
         while True:
             churn = residents.churn
@@ -93,39 +111,43 @@ class Room(Generic[T]):
             with self._guard:
                 residents.drain()
                 shortage = residents.shortage(limits, need, 1)
-                waits_for_itself = any(entry.model == applicant.model for entry in residents.leaving)
-                if shortage.fits and not waits_for_itself:
+                turn = applicant.nested or next(iter(residents.line), token) is token
+                if turn and shortage.fits and not self._leaving(applicant, applicant.model):
                     residents.reserved[token] = need
                     residents.churn += 1
                     return limits, churn + 1
-                victims = [] if futile >= _FUTILE else residents.choose(shortage, most)
+                victims = residents.choose(shortage, most) if turn and futile < _FUTILE else []
                 told = [self._evicted(entry, shortage, applicant.model) for entry in victims]
                 if not victims:
                     rows, futile = rows + (futile >= _FUTILE), 0
-                    self._wait(applicant, need, shortage, last=rows > 1)
+                    self._wait(applicant, token, need, shortage, last=rows > 1)
             if victims:
                 most *= 2
                 futile = 0 if self._evict(victims, told, limits) else futile + 1
 
-    def _wait(self, applicant: Applicant, need: int, shortage: Shortage, *, last: bool) -> None:
-        """Wait for something to change; the guard is held.
+    def _leaving(self, applicant: Applicant, model: str | None = None) -> bool:
+        """Whether some model (or this one) is being unloaded by a thread that does not wait for the applicant."""
+        waiting = applicant.threads()
+        return any(entry.retirer not in waiting and model in {None, entry.model} for entry in self._residents.leaving)
+
+    def _wait(self, applicant: Applicant, token: object, need: int, shortage: Shortage, *, last: bool) -> None:
+        """Stand in line, and wait for something to change; the guard is held.
 
         Raises:
             NoRoom: nothing will, nobody waits any more, or (``last``) evicting did not help twice over.
         """
         residents = self._residents
-        idle = any(not entry.holds for entry in residents.resident.values())
         applicant.state = "waiting for room"
-        if last or not applicant.wanted() or (not residents.leaving and not idle and applicant.hopeless()):
-            raise self._no_room(applicant.model, need, shortage)
-        applicant.refused(self._no_room(applicant.model, need, shortage))
-        residents.waiting += 1
-        residents.update_short()
-        try:
-            self._guard.wait(self._tier.interval)
-        finally:
-            residents.waiting -= 1
+        if token not in residents.line:
+            residents.line[token] = None
             residents.update_short()
+            return  # a lease that ended before it could see that somebody waits is looked at once more
+        idle = any(not entry.holds for entry in residents.resident.values())
+        refusal = self._no_room(applicant.model, need, shortage)
+        if last or not applicant.wanted() or (not idle and not self._leaving(applicant) and applicant.hopeless()):
+            raise refusal
+        applicant.refused(refusal)
+        self._guard.wait(self._tier.interval)
 
     def _no_room(self, model: str, need: int, shortage: Shortage) -> NoRoom:
         """Return the error that says what is in the way; the guard is held."""
@@ -135,6 +157,7 @@ class Room(Generic[T]):
         show = str if shortage.reason is Reason.MAX_MODELS else format_bytes
         ours = self._residents.tracked()
         where = f"leases hold {held}" if held else f"nothing can be evicted ({format_bytes(ours)} are models)"
+        where = "others wait for room before it" if shortage.fits else where
         return NoRoom(
             f"no room in memory for {model!a}: it needs {format_bytes(need)}, {shortage.reason} allows "
             f"{show(figures['high'])} and {show(figures['used'])} are used; {where}: release leases, "

@@ -162,17 +162,17 @@ class MemoryTier:
         if self._changed is not None:
             self._changed()
 
+    @property
+    def bound(self) -> bool:
+        """Whether it serves a cache already."""
+        return self._changed is not None
+
     def bind(self, changed: Callable[[], None]) -> None:
         """Attach the tier to its one cache; called by ``ModelCache``.
 
         Args:
             changed: called after each assignment, without any lock held.
-
-        Raises:
-            ConfigError: it serves a cache already.
         """
-        if self._changed is not None:
-            raise ConfigError("this MemoryTier serves another ModelCache already: give each its own", setting="memory")
         self._changed = changed
 
 

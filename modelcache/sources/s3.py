@@ -80,7 +80,8 @@ class S3Source:
         self._version = version
         self._patience = Patience()
         self._asks_checksums = True  # False once the store refused the question; written by any thread
-        # Taken once and never given back: who gets it writes the one line about what can't be checked.
+        # Guards no state: taken once, never waited for, never given back. Who gets it writes the one line about
+        # what can't be checked.
         self._told_unchecked = threading.Lock()
         self._requests = Requests(self._get, self._known, self._tell_unchecked, self._clients.heed)
 

@@ -1,0 +1,1 @@
+"""What tests share: servers, a proxy that breaks things, stand-ins at the seams."""

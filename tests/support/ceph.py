@@ -82,12 +82,9 @@ def ceph() -> Iterator[Store]:
                 raise RuntimeError(f"{command} failed: {done.stdout}{done.stderr}")
             return done.stdout
 
-        # A monitor that has just begun, or is changing its map, may refuse to be asked; then ask again.
-        def created() -> bool:
-            return bool(call("ceph", "-c", str(conf), "osd", "create", uid, must=False).strip())
-
-        def up() -> bool:
-            return "1 up" in call("ceph", "-c", str(conf), "osd", "stat", must=False)
+        def ask(*command: str) -> str:
+            # A monitor that has just begun, or is changing its map, may refuse: the caller asks again.
+            return call("ceph", "-c", str(conf), *command, must=False).strip()
 
         call("monmaptool", "--create", "--addv", "a", f"[v1:127.0.0.1:{mon}]", "--fsid", fsid, monmap)
         call("ceph-mon", "--mkfs", "-i", "a", *common)
@@ -95,11 +92,10 @@ def ceph() -> Iterator[Store]:
             command = ("ceph-mon", "-f", "-i", "a", "-c", str(conf), "--public-addr", f"v1:127.0.0.1:{mon}")
             monitor = servers.enter_context(running(command, log))
             wait_until(lambda: listens(mon), monitor, log)
-            wait_until(created, monitor, log)
-            number = call("ceph", "-c", str(conf), "osd", "ls").strip()
+            number = wait_until(lambda: ask("osd", "create", uid), monitor, log)
             call("ceph-osd", "-i", number, "--mkfs", "--osd-uuid", uid, *common)
             osd = servers.enter_context(running(("ceph-osd", "-f", "-i", number, *common), log))
-            wait_until(up, osd, log)
+            wait_until(lambda: "1 up" in ask("osd", "stat"), osd, log)
             gateway = servers.enter_context(running(("radosgw", "-f", "-n", "client.rgw", *common), log))
             wait_until(lambda: listens(rgw), gateway, log)
             user = ("user", "create", "--uid=tester", "--display-name=tester")

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import faulthandler, gc, os, signal, sys, threading, time
 from pathlib import Path
-faulthandler.dump_traceback_later(float(os.environ["WATCHDOG"]), exit=True)
+faulthandler.register(signal.SIGALRM, chain=True)  # dump_traceback_later hangs after a fork
+signal.alarm(int(os.environ["WATCHDOG"]))
 from modelcache import *
 from tests.support.fakes import DictSource, FakeGauge
 from tests.support.racing import *
@@ -21,7 +22,7 @@ from tests.support.waiting import eventually
 """
 
 
-def start(script: str, *arguments: Any, watchdog: float = 15.0, **settings: Any) -> "subprocess.Popen[str]":
+def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> "subprocess.Popen[str]":
     """Start a script; it dumps all stacks and ends itself after ``watchdog`` seconds.
 
     Args:
@@ -56,9 +57,9 @@ def finish(child: "subprocess.Popen[str]", *, code: int | None = 0, timeout: flo
     return out
 
 
-def run(script: str, *arguments: Any, code: int | None = 0, **settings: Any) -> str:
+def run(script: str, *arguments: Any, code: int | None = 0, timeout: float = 18.0, **settings: Any) -> str:
     """Run a script to its end; see ``start`` and ``finish``."""
-    return finish(start(script, *arguments, **settings), code=code)
+    return finish(start(script, *arguments, **settings), code=code, timeout=timeout)
 
 
 KILLED = -signal.SIGKILL

@@ -137,7 +137,7 @@ class Book:
     """Keeps the books of one cache's ``load=`` and ``unload=``: what was loaded, what left, what is there.
 
     Args:
-        load: the loader, called with path and id. None: one that makes a ``Model`` of ``model.txt``.
+        load: the loader, called with path and id. None: one that makes a ``Model`` of what lies there.
         unload: called after the booking of each unload. None: nothing more.
 
     Attributes:
@@ -165,7 +165,8 @@ class Book:
         if self._load is not None:
             value = self._load(path, model)
         else:
-            value = Model(model, sum(file.stat().st_size for file in path.iterdir()), path)
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            value = Model(model, sum(file.stat().st_size for file in files), path)
         with self._lock:
             self.loads.append(model)
             self._values.append((model, value))

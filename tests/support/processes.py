@@ -7,6 +7,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -37,19 +40,20 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
                 process.kill()
 
 
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
-    """Ask ``ready`` until it says yes.
+def wait_until(ready: Callable[[], T], process: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> T:
+    """Ask ``ready`` until it says something, and return that.
 
     Raises:
         RuntimeError: the process ended, or the time is up; with the end of its log.
     """
     deadline = time.monotonic() + seconds
-    while not ready():
+    while not (answer := ready()):
         if process.poll() is not None or time.monotonic() > deadline:
             state = f"ended with {process.returncode}" if process.returncode is not None else "is not ready"
             raise RuntimeError(f"{process.args!r} {state}:\n{log.read_text(errors='replace')[-3000:]}")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.05)  # a pause that ends early where the process does
+    return answer
 
 
 def listens(port: int) -> bool:

@@ -68,11 +68,7 @@ def recipes() -> dict[str, Recipe]:
         "similar": lambda step: _neighbours(60_000 + 40_000 * step),
         "uplift": lambda step: _linear(30_000 + 15_000 * step),
     }
-    return {
-        f"{kind}/{country}": make(step)
-        for kind, make in kinds.items()
-        for step, country in enumerate(COUNTRIES)
-    }
+    return {f"{kind}/{country}": make(step) for kind, make in kinds.items() for step, country in enumerate(COUNTRIES)}
 
 
 def train_all(folder: Path) -> Iterator[tuple[str, int]]:

@@ -13,7 +13,7 @@ from watch import Sample, Watch
 from modelcache import Evicted, Loaded
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of what draws
+from matplotlib import pyplot as plt
 
 MIB = 2**20
 INK, HIT, MISS, USED, HIGH = "#22303c", "#2a7f9e", "#d1495b", "#8fb8c9", "#e08e0b"
@@ -76,8 +76,8 @@ def _latency(seconds: list[float]) -> str:
     return f"{cuts[49] * 1000:.0f} ms, {cuts[98] * 1000:.0f} ms"
 
 
-def draw(path: Path, before: Phase, after: Phase, watch: Watch) -> None:
-    """Draw the timeline of both phases and save it as a PNG."""
+def draw(path: Path, before: Phase, after: Phase, watch: Watch, note: str) -> None:
+    """Draw the timeline of both phases, with a note on what was loaded, and save it as a PNG."""
     zero, raised, end = before.began, after.began, after.ended
     plt.rcParams.update({"font.size": 10, "axes.edgecolor": "#9aa5ad", "text.color": INK, "axes.labelcolor": INK})
     figure, (memory, swaps, latency) = plt.subplots(
@@ -92,7 +92,7 @@ def draw(path: Path, before: Phase, after: Phase, watch: Watch) -> None:
         memory.text(middle, 1.02, text, transform=memory.get_xaxis_transform(), ha="center", va="bottom")
     _draw_swaps(swaps, watch, zero, end)
     _draw_latency(latency, [*before.requests, *after.requests], zero)
-    latency.set_xlabel("seconds of load")
+    latency.set_xlabel(f"seconds of load ({note})")
     latency.set_xlim(0, end - zero)
     for axes in (memory, swaps, latency):
         axes.axvline(raised - zero, color=INK, linewidth=1.4)

@@ -1,0 +1,207 @@
+"""A cache against a plain model of it: what may be in memory after any order of calls."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from modelcache import DiskTier, Evicted, Lease, MemoryTier, ModelCache, NoRoom, Unloaded
+from tests.support.fakes import Book, DictSource, allocated
+
+MODELS = "abcdef"
+SIZES = {model: 100 * (number + 1) for number, model in enumerate(MODELS)}
+
+models = st.sampled_from(MODELS)
+some_disk = st.sampled_from([None, 30_000, 40_000, 70_000, 2**20])
+QUICK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - a folder whose syncs cost nothing
+
+
+class Twins(RuleBasedStateMachine):
+    """One cache, used from one thread, and what must hold of it.
+
+    The plain model: which leases are held, which models were ordered to leave with their last lease, and the
+    limits. What is evicted is the policy's choice; that it was needed, and allowed, is checked.
+    """
+
+    def __init__(self) -> None:
+        """Make a cache in a folder of its own."""
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(dir=QUICK)
+        source = DictSource()
+        for model, size in SIZES.items():
+            source.add(model, size=size)
+        self.book = Book()
+        self.cache: ModelCache[Any] = ModelCache(
+            source,
+            self.book.load,
+            unload=self.book.unload,
+            size_of=lambda model, path: SIZES[model],
+            disk=DiskTier(Path(self.folder.name) / "disk", min_free=0),
+            memory=MemoryTier(high=10_000, low=10_000, gauge=self.book.gauge(20_000), interval=1000.0),
+            timeout=None,
+        )
+        self.leases: list[tuple[str, Lease[Any]]] = []
+        self.ordered: set[str] = set()
+        self.deleted: set[str] = set()
+        self.events: list[Any] = []
+        self.cache.on(Evicted, self.events.append)
+        self.cache.on(Unloaded, self.events.append)
+
+    # What is done
+
+    def asked(self, model: str, lease: Lease[Any]) -> bool:
+        """Acquire a lease; return whether there was room."""
+        there = model in self.in_memory()
+        value, refusal = None, None
+        try:
+            value = lease.acquire()
+        except NoRoom as error:
+            refusal = error
+        if refusal is not None:
+            assert not there, f"NoRoom for {model}, which is in memory"
+            assert self.leased(), "NoRoom, and nobody holds a lease"
+            assert {holder[0] for holder in refusal.holders} <= self.leased()
+            return False
+        assert value.model == model
+        self.ordered.discard(model)
+        self.deleted.discard(model)
+        return True
+
+    @rule(model=models)
+    def get(self, model: str) -> None:
+        """Look a model up."""
+        lease = self.cache.lease(model)
+        if self.asked(model, lease):
+            lease.release()
+
+    @rule(model=models)
+    def hold(self, model: str) -> None:
+        """Lease a model, and keep it."""
+        lease = self.cache.lease(model)
+        if self.asked(model, lease):
+            self.leases.append((model, lease))
+
+    @precondition(lambda self: self.leases)
+    @rule(number=st.integers(0, 50))
+    def release(self, number: int) -> None:
+        """Release one of the leases; what was ordered to leave with it has left when it returns."""
+        model, lease = self.leases.pop(number % len(self.leases))
+        lease.release()
+        if model not in self.leased():
+            if model in self.ordered:
+                assert model not in self.book.alive
+            self.ordered.discard(model)
+
+    @rule(model=models)
+    def unload(self, model: str) -> None:
+        """Drop a model from memory."""
+        gone = self.cache.unload(model)
+        assert gone is (model not in self.leased())
+        if not gone:
+            self.ordered.add(model)
+
+    @rule(model=models)
+    def delete(self, model: str) -> None:
+        """Drop a model from both tiers."""
+        gone = self.cache.delete(model)
+        assert gone is (model not in self.leased())
+        if gone:
+            assert model not in {row.model for row in self.cache.models()}
+        else:
+            self.ordered.add(model)
+            self.deleted.add(model)
+
+    @rule(most=st.sampled_from([None, 1, 2, 3, 6]))
+    def tune_max_models(self, most: int | None) -> None:
+        """Move ``max_models``."""
+        self.cache.memory.max_models = most
+
+    @rule(budget=st.sampled_from([None, 600, 700, 1000, 2100]))
+    def tune_budget(self, budget: int | None) -> None:
+        """Move ``memory.budget``; it always allows each model by itself."""
+        self.cache.memory.budget = budget
+
+    @rule(high=st.sampled_from([10_000, 700, 1500, "5%", "50%"]))
+    def tune_high(self, high: int | str) -> None:
+        """Move the watermark; it always allows each model by itself."""
+        self.cache.memory.low = None
+        self.cache.memory.high = high
+
+    @rule(budget=some_disk)
+    def tune_disk(self, budget: int | None) -> None:
+        """Move ``disk.budget``; it always allows each model by itself."""
+        self.cache.disk.budget = budget
+
+    # What must hold
+
+    def leased(self) -> set[str]:
+        """Return the models that somebody leases."""
+        return {model for model, _ in self.leases}
+
+    def in_memory(self) -> set[str]:
+        """Return the models that the cache says are in memory."""
+        return {row.model for row in self.cache.models() if row.tier == "memory"}
+
+    @invariant()
+    def each_load_is_in_memory_or_was_unloaded(self) -> None:
+        """Loads less unloads are the models in memory, each once."""
+        alive = self.book.alive
+        assert len(alive) == len(set(alive))
+        assert set(alive) == self.in_memory()
+        assert len(self.book.loads) - len(self.book.unloads) == len(alive) == self.cache.stats().models
+
+    @invariant()
+    def leased_models_are_in_memory(self) -> None:
+        """A leased model never leaves, and counts its leases."""
+        counts = {row.model: row.leases for row in self.cache.models()}
+        for model in MODELS:
+            assert counts.get(model, 0) == sum(held == model for held, _ in self.leases)
+        assert self.leased() <= set(self.book.alive)
+
+    @invariant()
+    def limits_hold(self) -> None:
+        """No limit is exceeded, except by what is leased; then nothing else is in memory."""
+        memory, alive = self.cache.memory, self.book.alive
+        idle = [model for model in alive if model not in self.leased()]
+        used = sum(SIZES[model] for model in alive)
+        over_count = memory.max_models is not None and len(alive) > memory.max_models
+        over_budget = memory.budget is not None and used > memory.budget
+        over_high = used > memory.high
+        if over_count or over_budget or over_high:
+            assert not idle, f"{idle} are idle in memory over a limit"
+
+    @invariant()
+    def disk_budget_holds(self) -> None:
+        """The disk budget is exceeded by the artifacts of leased models only; what is counted is what is there."""
+        stats = self.cache.stats()
+        assert stats.disk_used == allocated(self.cache.disk.path)
+        if self.cache.disk.budget is not None and stats.disk_used > self.cache.disk.budget:
+            assert {row.model for row in self.cache.models()} <= self.leased()
+
+    @invariant()
+    def evictions_were_of_idle_models(self) -> None:
+        """Each Evicted from memory has its Unloaded, and no leased model was among them."""
+        evicted = [event.model for event in self.events if isinstance(event, Evicted) and event.tier == "memory"]
+        unloaded = [event.model for event in self.events if isinstance(event, Unloaded) and event.reason == "evicted"]
+        assert sorted(evicted) == sorted(unloaded)
+        assert self.cache.stats().evictions == len(evicted)
+
+    def teardown(self) -> None:
+        """Close, and check that nothing is left."""
+        for _, lease in self.leases:
+            lease.release()
+        assert self.cache.close(timeout=10)
+        self.book.check()
+        assert list((self.cache.disk.path / "tmp").iterdir()) == []
+        self.folder.cleanup()
+
+
+def test_cache_against_a_plain_model() -> None:
+    """After any order of lookups, leases, drops and tuning, the cache holds what it may, and all that it must."""
+    run_state_machine_as_test(
+        Twins, settings=settings(max_examples=120, stateful_step_count=30, deadline=None, database=None)
+    )

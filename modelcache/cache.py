@@ -133,12 +133,13 @@ class ModelCache(Generic[T]):
             model: its id.
             timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
         """
-        lease: Lease[T] = _new_lease(Lease)
         try:
-            lease._entry = self._resident[model]  # noqa: SLF001 - filled here, see Lease
+            entry = self._resident[model]
         except (KeyError, TypeError):
             validate_id(model)
-            lease._entry = None  # noqa: SLF001
+            entry = None
+        lease: Lease[T] = _new_lease(Lease)
+        lease._entry = entry  # noqa: SLF001 - filled here, see Lease
         lease.model = model
         lease._desk = self._desk  # noqa: SLF001
         lease._timeout = timeout  # noqa: SLF001
@@ -157,7 +158,7 @@ class ModelCache(Generic[T]):
                     self._desk.note(self._held(lease))
                     break
                 self._start(flight, new=new)
-                arrived = self._await(flight, deadline)
+                arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
                 self._disembark(model, lease)
                 if lease.held is not None:
                     break
@@ -211,10 +212,6 @@ class ModelCache(Generic[T]):
             parts.loader.run(flight)
         elif new or not flight.claimed:
             parts.give_to_worker(flight, urgent=True)
-
-    @staticmethod
-    def _await(flight: Flight[T], deadline: float | None) -> bool:
-        return flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
 
     def _disembark(self, model: str, lease: Lease[T]) -> None:
         """Stop waiting, whatever happened."""

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import attrs
 
+from modelcache import heap
 from modelcache.disk.shelf import Held, Shelf
 from modelcache.errors import CacheClosed, LoadFailed, ModelCacheError, NoRoom, Timeout
 from modelcache.events import Failed, Loaded, Reason
@@ -28,6 +29,7 @@ from modelcache.telling import Teller
 T = TypeVar("T")
 
 _log = logging.getLogger("modelcache")
+_GARBAGE = 4 * 2**20  # bytes above the expected footprint from which on a load's garbage is given back first
 _PASSED_ON = (NoRoom, Timeout, CacheClosed)  # what a loader's part met is as true of the whole
 
 
@@ -131,7 +133,9 @@ class Loader(Generic[T]):
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> InPlace | Held:
         """Make room, load and land; return what is still to be released: nothing, once the entry keeps it."""
-        need, sure = self._expect(flight.model, found)
+        guess, given = self._guess(flight.model, found)
+        with self.guard:
+            need = self.residents.expected(flight.model) or guess
         check_cancelled(flight)
         trip = Trip(flight, self.flights, self.residents)
         before, churn = self.room.admit(trip, flight, need)
@@ -139,12 +143,14 @@ class Loader(Generic[T]):
         started = time.monotonic()
         value = self._call(flight.model, found.path)
         duration = time.monotonic() - started
-        after = self.tier.limits()
+        after = self._read_after(before, need)
         with self.guard:
             alone = churn == self.residents.churn and len(self.residents.reserved) == 1
-            size, measured = self.residents.measured(need, before, after, alone=alone)
+            measured = self.residents.measured(guess, before, after, alone=alone)
+            size = need if measured is None else measured
+            sure = given or measured is not None or need != guess
             keeps = found if isinstance(found, Held) else None
-            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure or measured, keeps=keeps)
+            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure, keeps=keeps)
             del value
             del self.residents.reserved[flight]
             self.residents.churn += 1
@@ -155,6 +161,8 @@ class Loader(Generic[T]):
             late = self.closed() and self.residents.doom(entry, Reason.CLOSE)
         self.landed()
         self.teller.tell([self._loaded(flight, size, duration, after)])
+        if self.residents.over:
+            self.room.enforce()
         if late:
             self.unloader.carry_out([entry])
         return InPlace(found.path, found.size)
@@ -174,14 +182,18 @@ class Loader(Generic[T]):
             low=after.low,
         )
 
-    def _expect(self, model: str, found: Held | InPlace) -> tuple[int, bool]:
-        """Return the bytes that a load is expected to take, and whether that is more than a guess."""
-        with self.guard:
-            known = self.residents.expected(model)
-        if known is not None and known[1]:
-            return known
+    def _read_after(self, before: Limits, need: int) -> Limits:
+        """Read the gauge after a load, without the load's own garbage where it left more than was expected."""
+        after = self.tier.limits()
+        if before.reading and after.reading and after.reading.used - before.reading.used > need + _GARBAGE:
+            heap.give_back()
+            after = self.tier.limits()
+        return after
+
+    def _guess(self, model: str, found: Held | InPlace) -> tuple[int, bool]:
+        """Return the bytes that a model will take as far as can be told before loading it, and if the user says so."""
         if self.size_of is None:
-            return known or (found.size, False)
+            return found.size, False
         try:
             size = self.size_of(model, found.path)
         except BaseException as error:

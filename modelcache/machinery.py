@@ -187,6 +187,7 @@ class Machinery(Generic[T]):
         """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""
         self.enter(f"{reason}({model!a})")
         with self.guard:
+            self.residents.drain()
             if reason is Reason.DELETE:
                 self.flights.forgive(model)
             entry = self.residents.resident.get(model) or self.residents.doomed.get(model)
@@ -220,6 +221,8 @@ class Machinery(Generic[T]):
             self.residents.orphaned(entry)
             return
         self.room.release(entry)
+        if self.residents.disk_over:
+            self.disk_room.shrink()
         self.finish()
         self.pass_on()
 
@@ -290,6 +293,10 @@ class _Upstairs:
 
     def give_up(self, models: Iterable[str], reason: Reason, figures: dict[str, int], for_model: str) -> bool:
         return self._parts.room.give_up(frozenset(models), reason, figures, for_model)
+
+    def unmet(self, *, over: bool) -> None:
+        self._parts.residents.disk_over = over
+        self._parts.residents.update_short()
 
     def holders(self, models: Iterable[str]) -> tuple[tuple[str, int, float], ...]:
         return self._parts.residents.holders(frozenset(models))

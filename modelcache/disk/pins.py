@@ -7,6 +7,7 @@ exclusive one. Correctness does not rest on it alone: a removal is a rename firs
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class Pins:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if same(descriptor, folder):
                 with contextlib.suppress(OSError):
-                    os.utime(descriptor)  # the folder's own time is its recency, for the next start
+                    now = time.time_ns()  # by itself the kernel would take a clock that ticks every 4 ms
+                    os.utime(descriptor, ns=(now, now))  # the folder's own time is its recency, for the next start
                 return Pin(descriptor, self._open)
         except BlockingIOError:
             pass

@@ -26,6 +26,10 @@ class Upstairs(Protocol):
         """Evict the coldest idle one of ``models`` from memory; return whether there was one."""
         ...
 
+    def unmet(self, *, over: bool) -> None:
+        """Note whether a limit of the disk tier waits for a lease to end; the guard is held."""
+        ...
+
     def holders(self, models: Collection[str]) -> tuple[tuple[str, int, float], ...]:
         """Return ``(model, leases, age of the oldest in seconds)`` for each leased one; the guard is held."""
         ...
@@ -81,6 +85,7 @@ class DiskRoom:
             NoRoom: what is in the way is leased, or not ours.
             Contention: give up, and try again with more.
         """
+        swept = False
         while True:
             limits = self._read_limits()
             if limits.budget is not None and staging.reserved + amount > limits.budget:
@@ -90,11 +95,14 @@ class DiskRoom:
                 if shortage.fits:
                     staging.reserved += amount
                     return
-                victims = self._index.choose(shortage.missing)
+                victims = self._index.choose(shortage.missing) if swept else []
                 told = [self._evicted(item, shortage, staging.wish.model) for item in victims]
                 pinned = self._index.pinned()
                 patient = shortage.missing <= 0
-            if victims:
+            if not swept:  # what dead processes left goes before anything that can be served
+                self._store.sweep()
+                swept = True
+            elif victims:
                 self._teller.tell(told)
                 self.remove(victims)
             elif patient or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, staging.wish.model):
@@ -181,6 +189,7 @@ class DiskRoom:
                 victims = self._index.choose(shortage.missing)
                 told = [self._evicted(item, shortage, None) for item in victims]
                 pinned = self._index.pinned()
+                self._upstairs.unmet(over=shortage.missing > 0 and not victims and bool(pinned))
                 self._guard.notify()  # a raised budget lets waiting fetches go on
             if victims:
                 self._teller.tell(told)

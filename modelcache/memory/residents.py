@@ -55,12 +55,13 @@ class Residents(Generic[T]):
         self.reserved: dict[object, int] = {}
         self.line: dict[object, None] = {}
         self.over = False
+        self.disk_over = False
         self.hits = 0
         self.misses = 0
         self.clock = 0
         self.churn = 0
         self._policy = policy
-        self._known: dict[str, tuple[int, bool, int]] = {}  # model: footprint, sure, hits; kept after it left
+        self._known: dict[str, tuple[int, int]] = {}  # model: footprint, hits; kept after it left
 
     def watch_hits(self, *, told: bool) -> None:
         """Tell each hit, or only note it."""
@@ -110,10 +111,10 @@ class Residents(Generic[T]):
         """Return the footprints of everything in memory, in bytes, unloading included."""
         return sum(entry.bytes for entry in [*self.entries(), *self.leaving])
 
-    def expected(self, model: str) -> tuple[int, bool] | None:
-        """Return the footprint that a model had, and whether it was measured or given; None if never loaded."""
+    def expected(self, model: str) -> int | None:
+        """Return the footprint that a model had when it was last in memory; None if it never was."""
         known = self._known.get(model)
-        return known[:2] if known else None
+        return known[0] if known else None
 
     def forget(self, model: str) -> None:
         """Drop what is remembered of a model that is in neither tier."""
@@ -122,12 +123,12 @@ class Residents(Generic[T]):
     def booked_hits(self, model: str) -> int:
         """Return the hits of a model that is not in memory now, from earlier loads."""
         known = self._known.get(model)
-        return known[2] if known else 0
+        return known[1] if known else 0
 
     def insert(self, entry: Entry[T]) -> None:
         """Let lookups find a model that was just loaded."""
         entry.hits += self.booked_hits(entry.model)
-        self._known[entry.model] = (entry.bytes, entry.sure, entry.hits)
+        self._known[entry.model] = (entry.bytes, entry.hits)
         self.resident[entry.model] = entry
         self._policy.admitted(Resident(entry.model, entry.bytes, entry.cost))
 
@@ -180,7 +181,7 @@ class Residents(Generic[T]):
             if known.get(entry.model) is entry:
                 del known[entry.model]
         self._policy.removed(entry.model)
-        self._known[entry.model] = (entry.bytes, entry.sure, entry.hits)
+        self._known[entry.model] = (entry.bytes, entry.hits)
         self.leaving.add(entry)
         self.churn += 1
         return True
@@ -197,7 +198,7 @@ class Residents(Generic[T]):
             limits: a reading made just before.
             need: bytes of the newcomer; 0 for a look at the limits alone.
             models: 1 for a newcomer, else 0.
-            floor: evict down to this many used bytes rather than to ``high``, once above ``high``.
+            floor: evict down to this many used bytes rather than to ``high``.
         """
         reserved = sum(self.reserved.values())
         coming = sum(0 if entry.inherited else entry.bytes for entry in self.leaving)
@@ -220,7 +221,7 @@ class Residents(Generic[T]):
         leaving_budget = sum(entry.bytes for entry in self.leaving)
         return Shortage(
             fits=over_high <= 0 and over_budget <= 0 and over_count <= 0,
-            over_high=over_high - coming + (limits.high - floor if floor is not None and over_high > 0 else 0),
+            over_high=over_high - coming + (limits.high - floor if floor is not None else 0),
             over_budget=over_budget - leaving_budget,
             over_count=over_count - len(self.leaving),
             reason=reason,
@@ -275,17 +276,19 @@ class Residents(Generic[T]):
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
-        self.short = bool(self.line) or self.over
+        self.short = bool(self.line) or self.over or self.disk_over
 
-    def measured(self, estimate: int, before: Limits, after: Limits, *, alone: bool) -> tuple[int, bool]:
-        """Return the footprint of a load, and whether it was measured.
+    @staticmethod
+    def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> int | None:
+        """Return the footprint of a load as measured, in bytes; None where it could not be.
 
-        A measurement below the estimate does not lower it: a mapped model reads low until it is used.
+        A measurement below what the artifact (or the user) says does not count: a mapped model reads low until it
+        is used.
         """
         if not alone or before.reading is None or after.reading is None:
-            return estimate, False
+            return None
         grown = after.reading.used - before.reading.used
-        return (max(grown, estimate), True) if grown >= _NOISE else (estimate, False)
+        return max(grown, guess) if grown >= _NOISE else None
 
     def reset_after_fork(self, thread: int, unsettled: Iterable[Entry[T]]) -> list[Entry[T]]:
         """In a child: keep the models, and only the leases of the thread that forked; return the models.
@@ -306,7 +309,7 @@ class Residents(Generic[T]):
         self.leaving = set()
         self.reserved = {}
         self.line = {}
-        self.short = self.over = False
+        self.short = self.over = self.disk_over = False
         return entries
 
     def restore(self, entries: Iterable[Entry[T]]) -> None:

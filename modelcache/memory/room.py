@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 from typing import Generic, Protocol, TypeVar
 
+from modelcache import heap
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Event, Evicted, Reason, Reclaimed
 from modelcache.guard import Guard
@@ -103,9 +104,10 @@ class Room(Generic[T]):
                 self._guard.notify()
 
     def _admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
-        residents, futile, most, rows = self._residents, 0, 1, 0
+        residents, futile, most, rows, trimmed = self._residents, 0, 1, 0, False
         while True:
             churn = residents.churn
+            applicant.state = "loading"
             limits = self._tier.limits()
             _refuse_too_large(applicant.model, need, limits)
             with self._guard:
@@ -116,21 +118,28 @@ class Room(Generic[T]):
                     residents.reserved[token] = need
                     residents.churn += 1
                     return limits, churn + 1
-                victims = residents.choose(shortage, most) if turn and futile < _FUTILE else []
-                told = [self._evicted(entry, shortage, applicant.model) for entry in victims]
-                if not victims:
-                    rows, futile = rows + (futile >= _FUTILE), 0
-                    self._wait(applicant, token, need, shortage, last=rows > 1)
+                if shortage.over_high > 0 and not trimmed:  # freed heap looks used, but costs no eviction
+                    victims, told = [], []
+                else:
+                    victims = residents.choose(shortage, most) if turn and futile < _FUTILE else []
+                    told = [self._evicted(entry, shortage, applicant.model) for entry in victims]
+                    if not victims:
+                        rows, futile = rows + (futile >= _FUTILE), 0
+                        self._wait(applicant, token, need, shortage, turn=turn, last=rows > 1)
             if victims:
                 most *= 2
                 futile = 0 if self._evict(victims, told, limits) else futile + 1
+            elif shortage.over_high > 0 and not trimmed:
+                trimmed = heap.give_back() or True
 
     def _leaving(self, applicant: Applicant, model: str | None = None) -> bool:
         """Whether some model (or this one) is being unloaded by a thread that does not wait for the applicant."""
         waiting = applicant.threads()
         return any(entry.retirer not in waiting and model in {None, entry.model} for entry in self._residents.leaving)
 
-    def _wait(self, applicant: Applicant, token: object, need: int, shortage: Shortage, *, last: bool) -> None:
+    def _wait(
+        self, applicant: Applicant, token: object, need: int, shortage: Shortage, *, turn: bool, last: bool
+    ) -> None:
         """Stand in line, and wait for something to change; the guard is held.
 
         Raises:
@@ -144,7 +153,9 @@ class Room(Generic[T]):
             return  # a lease that ended before it could see that somebody waits is looked at once more
         idle = any(not entry.holds for entry in residents.resident.values())
         refusal = self._no_room(applicant.model, need, shortage)
-        if last or not applicant.wanted() or (not idle and not self._leaving(applicant) and applicant.hopeless()):
+        lost = not idle and not self._leaving(applicant) and applicant.hopeless()
+        mine = turn or not applicant.threads().isdisjoint(residents.holding_threads())  # else the head decides
+        if last or not applicant.wanted() or (lost and mine):
             raise refusal
         applicant.refused(refusal)
         self._guard.wait(self._tier.interval)
@@ -187,26 +198,47 @@ class Room(Generic[T]):
             self._pause = _BACK_OFF
 
     def _lower(self, *, floor: bool) -> bool:
-        """Evict until the limits are met; return False where evicting did not help."""
+        """Evict until the limits are met; return False where evicting did not help.
+
+        Args:
+            floor: once ``high`` is crossed, go on down to ``low``.
+        """
         residents, futile, most = self._residents, 0, 1
+        crossed: Shortage | None = None
         while True:
             limits = self._tier.limits()
             with self._guard:
                 residents.drain()
-                shortage = residents.shortage(limits, 0, 0, floor=limits.low if floor else None)
-                victims = [] if shortage.met else residents.choose(shortage, most)
-                told = [self._evicted(entry, shortage, None) for entry in victims]
-                if not victims:
-                    known, residents.over = residents.over, not shortage.met and bool(residents.holding_threads())
-                    residents.update_short()
-                    self._guard.notify()  # a raised limit lets waiting loads go on
-                    if known or not residents.over:
-                        return True
-                    continue  # a lease that was released before it could see the flag is looked at once more
+                shortage = residents.shortage(limits, 0, 0, floor=limits.low if floor and crossed else None)
+                if floor and crossed is None and shortage.over_high > 0:
+                    crossed = shortage  # freed heap looks used, but costs no eviction: look again after a trim
+                    victims, told = [], []
+                else:
+                    victims = [] if shortage.met else residents.choose(shortage, most)
+                    told = [self._evicted(entry, crossed or shortage, None) for entry in victims]
+                    if not victims:
+                        if self._settled(shortage):
+                            return True
+                        continue
+            if not victims:
+                heap.give_back()
+                reading = self._tier.limits().reading
+                if reading is None or reading.used <= limits.high:
+                    crossed = None
+                continue
             most *= 2
             futile = 0 if self._evict(victims, told, limits) else futile + 1
             if futile >= _FUTILE:
                 return False
+
+    def _settled(self, shortage: Shortage) -> bool:
+        """Book whether a limit stays unmet; False: look once more, for what moved before it could be seen."""
+        residents = self._residents
+        known = residents.over
+        residents.over = not shortage.met and bool(residents.holding_threads() or residents.reserved)
+        residents.update_short()
+        self._guard.notify()  # a raised limit lets waiting loads go on
+        return known or not residents.over
 
     def _settle_orphans(self) -> None:
         while self._residents.orphans:
@@ -231,10 +263,11 @@ class Room(Generic[T]):
             self._residents.drain()
             victims = self._residents.choose(shortage, 1, models)
             told = [self._evicted(entry, shortage, for_model or None) for entry in victims]
-        if victims:
+        found = bool(victims)
+        if found:
             self._teller.tell(told)
             self._unloader.carry_out(victims)
-        return bool(victims)
+        return found
 
     def _evicted(self, entry: Entry[T], shortage: Shortage, for_model: str | None) -> Event:
         self.evictions += 1

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from modelcache import (
     TooLarge,
 )
 from tests.support.fakes import Book, DictSource, MakeCache, allocated, tar
-from tests.support.waiting import WAIT, Spawn, eventually
+from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
 MODELS = [f"m{number}" for number in range(8)]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
@@ -107,6 +108,35 @@ def test_budget_holds_while_several_fetch(make_cache: MakeCache, spawn: Spawn) -
     for future in futures:
         assert sorted(future.result(WAIT)) == MODELS
     assert max(seen) <= 700_000
+
+
+def test_publish_during_a_refresh_is_not_forgotten(
+    make_cache: MakeCache, source: DictSource, spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artifact that is published while another fetch looks through the folder is known and counted."""
+    cache = make_cache(source)
+    bring(cache, "a")
+    store = cache.disk.store
+    real, gate, stopped = store.names, Gate(), threading.local()
+
+    def names() -> set[str]:
+        found = real()
+        if getattr(stopped, "wanted", False):
+            gate()
+        return found
+
+    def fetch() -> None:
+        stopped.wanted = True
+        cache._parts.shelf._refresh()
+
+    monkeypatch.setattr(store, "names", names)
+    with gate:
+        looking = spawn(fetch)
+        gate.wait()
+        bring(cache, "b")
+    looking.result(WAIT)
+    assert on_disk(cache) == ["a", "b"]
+    assert cache.stats().disk_used == allocated(cache.disk.path)
 
 
 def test_too_large_is_refused_before_the_download(make_cache: MakeCache) -> None:

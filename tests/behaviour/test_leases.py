@@ -413,7 +413,7 @@ def test_waiters_get_room_in_turn(make_cache: MakeCache, book: Book, spawn: Spaw
 
 def test_newcomer_does_not_pass_a_waiter(make_cache: MakeCache, spawn: Spawn) -> None:
     """A small model that would fit does not overtake a big one that waits for room, again and again."""
-    source = DictSource().add("held", "held2", size=40).add("big", size=80).add("small", size=20)
+    source = DictSource().add("held", "held2", size=40).add("big", size=90).add("small", size=20)
     book = Book()
     cache = make_cache(
         source, book, memory={"high": 100, "low": 100, "gauge": book.gauge(), "interval": 1000.0}, loaders=4

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from modelcache import (
+    CacheClosed,
     Failed,
     Fetched,
+    InvalidModelId,
     LoadFailed,
     ModelCache,
     ModelNotFound,
@@ -19,7 +21,7 @@ from modelcache import (
     SourceUnavailable,
     Timeout,
 )
-from tests.support.fakes import Book, DictSource, MakeCache, Model
+from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache, Model
 from tests.support.waiting import WAIT, Gate, Spawn, eventually, is_unlocked
 
 
@@ -432,6 +434,69 @@ def test_failure_event(make_cache: MakeCache) -> None:
         with pytest.raises(ModelNotFound):
             cache.get("nope")
     assert [(event.model, event.error) for event in heard] == [("nope", "ModelNotFound")]
+
+
+def test_errors_show_no_workings(make_cache: MakeCache) -> None:
+    """A traceback of ours begins with what went wrong, not with a KeyError of the cache's own table."""
+    cache = make_cache(memory={"max_models": 1})
+    calls: dict[type[Exception], Any] = {
+        ModelNotFound: lambda: cache.get("nope"),
+        InvalidModelId: lambda: cache.get("../x"),
+        Timeout: lambda: cache.get("b", timeout=0),
+        NoRoom: lambda: cache.get("c"),
+        CacheClosed: lambda: cache.get("d"),
+    }
+    lease = cache.lease("a")
+    lease.acquire()
+    noisy: dict[str, Any] = {}
+    for expected, call in calls.items():
+        if expected is CacheClosed:
+            lease.release()
+            cache.close()
+        with pytest.raises(expected) as caught:
+            call()
+        if caught.value.__context__ is not None and not caught.value.__suppress_context__:
+            noisy[expected.__name__] = caught.value.__context__
+    assert noisy == {}
+
+
+# Warm lookups
+
+
+def test_warm_lookup_takes_no_lock(make_cache: MakeCache, spawn: Spawn) -> None:
+    """While the cache's lock is held for however long, a model in memory is served and leased."""
+    cache = make_cache()
+    cache.get("a")
+
+    def look() -> Any:
+        with cache.lease("a") as model:
+            return cache.get("a") is model
+
+    with cache._parts.guard:
+        assert spawn(look).result(3) is True
+        assert not is_unlocked(cache)
+
+
+def test_warm_lookup_asks_nobody(make_cache: MakeCache, source: DictSource, book: Book) -> None:
+    """A warm lookup reads no gauge and touches no file."""
+    reads: list[int] = []
+
+    def read() -> int:
+        reads.append(1)
+        return book.bytes
+
+    def times() -> list[tuple[str, int]]:
+        return sorted((str(path), path.lstat().st_mtime_ns) for path in cache.disk.path.rglob("*"))
+
+    cache = make_cache(source, book, memory={"gauge": FakeGauge(read), "interval": 1000.0})
+    cache.get("a")
+    before, seen = times(), len(reads)
+    for _ in range(100):
+        cache.get("a")
+        with cache.lease("a"):
+            pass
+    assert times() == before
+    assert len(reads) == seen
 
 
 # Loaders that ask for parts

@@ -499,3 +499,20 @@ def test_many_closes_and_starts(tmp_path: Path) -> None:
         sizes.add(allocated(tmp_path / "disk"))
     assert len(sizes) == 1
     assert source.opens.count("a") == 1
+
+
+def test_a_sweeper_takes_the_new_workshop_before_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start whose new folder under tmp/ is swept by another start, before it could lock it, makes another one."""
+    real = os.mkdir
+    swept: list[object] = []
+
+    def make(path: object, *arguments: Any, **settings: Any) -> None:
+        real(path, *arguments, **settings)  # type: ignore[call-overload]
+        if Path(str(path)).parent.name == "tmp" and len(swept) < 3:
+            swept.append(path)
+            os.rmdir(str(path))  # noqa: PTH106 - between mkdir and whatever comes next
+
+    monkeypatch.setattr(os, "mkdir", make)
+    with small_cache(tmp_path, DictSource().add("a")) as cache:
+        assert cache.get("a").name == "a"
+    assert len(swept) == 3

@@ -176,8 +176,9 @@ def test_child_that_never_uses_the_cache_disturbs_nothing(tmp_path: Path) -> Non
         cache = small_cache(FOLDER, source, done.load)
         get = Call(cache.get, "late")
         gate.wait()
-        stop = os.pipe()
-        join = fork(lambda: os.read(stop[0], 1))
+        stop, ready = os.pipe(), os.pipe()
+        join = fork(lambda: (os.write(ready[1], b"x"), os.read(stop[0], 1)))
+        os.read(ready[0], 1)
         gate.open()
         get.result()
         assert cache.delete("late") is True, "a dead thread's file lease lives on in the child"
@@ -261,11 +262,12 @@ def test_children_and_threads_download_at_once(tmp_path: Path) -> None:
         tmp_path,
         """
         import fcntl
-        names = [f"m{number}" for number in range(8)]
         barrier = threading.Barrier(8)
-        source = DictSource().add(*names, size=3000)
+        source = DictSource()
         cache = small_cache(FOLDER, source, loaders=8)
         def child():
+            names = [f"{os.getpid()}/m{number}" for number in range(8)]
+            source.add(*names, size=3000)
             staging = []
             def gate():
                 if threading.current_thread() not in staging:
@@ -277,7 +279,10 @@ def test_children_and_threads_download_at_once(tmp_path: Path) -> None:
             def look():
                 mine = cache.disk.store._workshop
                 for other in (FOLDER / "disk" / "tmp").iterdir():
-                    descriptor = os.open(other, os.O_RDONLY)
+                    try:
+                        descriptor = os.open(other, os.O_RDONLY)
+                    except FileNotFoundError:  # of a child that has closed its cache
+                        continue
                     try:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:

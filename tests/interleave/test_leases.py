@@ -233,7 +233,7 @@ def test_lease_of_another_thread_gives_room_when_released(tmp_path: Path) -> Non
         holder = Call(hold)
         assert start.wait(5)
         get = Call(cache.get, "b")
-        eventually(lambda: cache._parts.residents.waiting)
+        eventually(lambda: "waiting for room" in [model.state for model in cache.models()])
         assert not done.unloaded
         stop.set()
         assert get.result(5).name == "b"
@@ -390,7 +390,7 @@ def test_grown_gauge_and_leases_meet(tmp_path: Path) -> None:
         for lease in leases:
             lease.acquire()
         used[0] = 200
-        eventually(lambda: cache._parts.residents.over)
+        eventually(lambda: cache._parts.residents.short)
         for lease, expected in zip(leases, (1, 2, 3), strict=True):
             lease.release()
             assert len(done.unloaded) == expected

@@ -205,7 +205,7 @@ def test_cache_against_a_plain_model() -> None:
     run_state_machine_as_test(
         Twins,
         settings=settings(
-            max_examples=120,
+            max_examples=80,
             stateful_step_count=30,
             deadline=None,
             database=None,

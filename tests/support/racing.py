@@ -162,16 +162,28 @@ def small_cache(
 
 
 def allocated(folder: Path) -> int:
-    """Return the bytes allocated for all that lies below ``models/`` and ``tmp/`` of a disk tier, at this moment."""
-    total = 0
-    pending = [folder / "models", folder / "tmp"]
-    while pending:
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+    """Return the bytes allocated for models at one moment, never too many: what is below ``models/`` and ``tmp/*/``.
+
+    Only what is found by one walk and still there after it counts, so a concurrent rename or removal makes it
+    less than there was, and never more.
+    """
+    found: dict[int, tuple[str, int]] = {}
+    workshops = [str(folder / "models")]
+    with contextlib.suppress(OSError):
+        workshops += [entry.path for entry in os.scandir(folder / "tmp")]
+    while workshops:
+        with contextlib.suppress(OSError), os.scandir(workshops.pop()) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
-                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    status = entry.stat(follow_symlinks=False)
+                    found[status.st_ino] = entry.path, status.st_blocks
                     if entry.is_dir(follow_symlinks=False):
-                        pending.append(Path(entry.path))
+                        workshops.append(entry.path)
+    total = 0
+    for inode, (path, blocks) in found.items():
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            total += min(blocks, status.st_blocks) * 512 if status.st_ino == inode else 0
     return total
 
 

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from threading import get_ident
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
@@ -23,6 +22,7 @@ from modelcache.disk.tier import DiskTier
 from modelcache.errors import CacheClosed, ConfigError
 from modelcache.events import Event, Reason
 from modelcache.flights import Cancelled, Flight
+from modelcache.identity import identity
 from modelcache.ids import validate_id
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import DEFAULT, Entry, Lease
@@ -112,11 +112,13 @@ class ModelCache(Generic[T]):
             entry = self._gettable[model]
             value = entry.value
         except (KeyError, AttributeError, TypeError):  # not there; just unloaded; or not hashable
-            self._warn_of_get()
-            with self.lease(model, timeout=timeout) as value:
-                return value
-        self._desk.note(entry)
-        return value
+            pass
+        else:
+            self._desk.note(entry)
+            return value
+        self._warn_of_get()
+        with self.lease(model, timeout=timeout) as value:
+            return value
 
     def _warn_of_get(self) -> None:
         """Say once that ``unload=`` can't know of callers of ``get``; the first one takes the slow path for it."""
@@ -136,8 +138,9 @@ class ModelCache(Generic[T]):
         try:
             entry = self._resident[model]
         except (KeyError, TypeError):
-            validate_id(model)
             entry = None
+        if entry is None:
+            validate_id(model)
         lease: Lease[T] = _new_lease(Lease)
         lease._entry = entry  # noqa: SLF001 - filled here, see Lease
         lease.model = model
@@ -187,7 +190,7 @@ class ModelCache(Generic[T]):
                 self._check_open(model)
             entry = self._desk.find(model, stays=not parts.closed)
             if entry is not None:
-                lease.hold(entry, get_ident())
+                lease.hold(entry, identity.token)
                 return None, False
             event = parts.missed(model)
             failure = parts.flights.failure(model)
@@ -197,7 +200,7 @@ class ModelCache(Generic[T]):
                 if asker is not None:
                     failure = parts.flights.circle(flight, asker)
                 if failure is None:
-                    flight.waiters[lease] = get_ident()
+                    flight.waiters[lease] = identity.token
                     if asker is not None:
                         asker.blocked_on.add(flight)
         parts.teller.tell([event])

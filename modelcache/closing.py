@@ -7,6 +7,7 @@ from typing import Any
 from modelcache import lifecycle
 from modelcache.errors import CacheClosed
 from modelcache.events import Reason
+from modelcache.identity import identity
 from modelcache.machinery import Machinery
 
 
@@ -81,7 +82,7 @@ class Life:
 
     def _await_flights(self, deadline: float | None) -> None:
         """Wait for flights, and for unloads on other threads; flights that outlast the deadline are told to stop."""
-        parts, me = self._parts, threading.get_ident()
+        parts, me = self._parts, identity.token
         with parts.guard:
             while True:
                 busy = [flight for flight in parts.flights.active.values() if flight.thread != me]

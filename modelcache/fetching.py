@@ -68,10 +68,14 @@ class Trip(Generic[T]):
         """Whether a loader under way waits for it."""
         return self._flight.parent is not None
 
-    def threads(self) -> set[int | None]:
-        """Return the idents of the threads that wait for it, and that run it; the guard is held."""
+    def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it, and that run it; the guard is held."""
         chain = {self._flight, *self._flight.ancestors()}
         return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))
+
+    def check(self) -> None:
+        """Raise Cancelled where the flight was told to stop."""
+        check_cancelled(self._flight)
 
     def wanted(self) -> bool:
         """Whether somebody still waits for it; the guard is held."""
@@ -141,7 +145,7 @@ class Fetcher(Generic[T]):
     def _fetch(self, flight: Flight[T], artifact: Artifact, least: int) -> Held:
         started = time.monotonic()
         trip = Trip(flight, self.flights, self.residents)
-        staging = self.shelf.stage(trip, max(artifact.size, least))
+        staging = self.shelf.stage(trip, artifact.size, least)
         flight.state = "fetching"
         try:
             path = fetch(

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from modelcache.errors import CacheClosed, InvalidModelId, LoadFailed, ModelCacheError, NoRoom, Timeout
 from modelcache.events import Reason
 from modelcache.guard import Guard
+from modelcache.identity import identity
 from modelcache.memory.entries import Entry, Lease
 
 T = TypeVar("T")
@@ -45,14 +46,14 @@ class Flight(Generic[T]):
         to_memory: whether it is to be loaded, or only fetched to disk; may be raised while it is under way.
         reason: who asked first.
         state: ``"queued"``, ``"fetching"``, ``"waiting for room"``, ``"loading"`` or ``"done"``.
-        waiters: leases that wait for it, each with the ident of its thread.
+        waiters: leases that wait for it, each with the identity of its thread.
         watchers: prefetches that want it.
         blocked_on: flights whose end its loader waits for.
         parent: the flight whose loader asked for it and runs it on its own thread.
         entry: what it brought into memory; error: how it failed. One is set once ``done``.
         refusal: what stood in the way when it last waited for room.
         cancelled: told to stop as soon as it can.
-        thread: ident of the thread that runs it.
+        thread: identity of the thread that runs it.
     """
 
     def __init__(self, model: str, *, to_memory: bool, reason: Reason, parent: "Flight[T] | None") -> None:
@@ -63,14 +64,14 @@ class Flight(Generic[T]):
         self.context = contextvars.copy_context()
         self.state = "queued"
         self.claimed = False
-        self.waiters: dict[Lease[T], int] = {}
+        self.waiters: dict[Lease[T], object] = {}
         self.watchers: set[Watcher] = set()
         self.blocked_on: set[Flight[T]] = set()
         self.entry: Entry[T] | None = None
         self.error: ModelCacheError | None = None
         self.refusal: NoRoom | None = None
         self.cancelled = False
-        self.thread: int | None = None
+        self.thread: object = None
         self.done = threading.Event()
 
     def wanted(self) -> bool:
@@ -185,7 +186,7 @@ class Flights(Generic[T]):
         if flight.claimed or flight.done.is_set():
             return False
         flight.claimed = True
-        flight.thread = threading.get_ident()
+        flight.thread = identity.token
         return True
 
     def land(self, flight: Flight[T], entry: Entry[T] | None) -> None:
@@ -213,12 +214,12 @@ class Flights(Generic[T]):
             del self.active[flight.model]
         self._guard.notify()
 
-    def hopeless(self, flight: Flight[T], holders: set[int]) -> bool:
+    def hopeless(self, flight: Flight[T], holders: set[object]) -> bool:
         """Whether nobody who could give room to ``flight`` will: all wait for room, or for it, themselves.
 
         Args:
             flight: what needs room.
-            holders: idents of the threads that hold leases.
+            holders: identities of the threads that hold leases.
         """
         mine = {flight, *flight.ancestors()}
         others = [other for other in self.active.values() if other not in mine]
@@ -227,7 +228,7 @@ class Flights(Generic[T]):
             queued = not other.claimed and running >= self._loaders
             if not (queued or other.state == "waiting for room" or other.blocked_on):
                 return False
-        waiting: set[int | None] = set()
+        waiting: set[object] = set()
         for stuck in [*mine, *others]:
             waiting.add(stuck.thread)
             waiting.update(stuck.waiters.values())
@@ -250,7 +251,13 @@ def announce(flight: Flight[Any]) -> None:
 def clear_frames(error: BaseException | None) -> None:
     """Drop the local variables that an error's traceback keeps alive: a half-loaded model may be among them."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+    queue = [error]
+    while queue:
+        error = queue.pop()
+        if error is None or id(error) in seen:
+            continue
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+        queue += [error.__cause__, error.__context__]
+        if isinstance(error, BaseExceptionGroup):
+            queue += error.exceptions

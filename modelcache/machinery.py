@@ -7,7 +7,6 @@ drop a model, carried over a fork, and closed.
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from modelcache.fetching import Fetcher
 from modelcache.flights import Cancelled, Flight, Flights
 from modelcache.guard import Guard
 from modelcache.hooks import Hooks
+from modelcache.identity import identity
 from modelcache.loading import Loader
 from modelcache.memory.entries import Entry, Lease
 from modelcache.memory.residents import Residents
@@ -265,7 +265,7 @@ class Machinery(Generic[T]):
         self.workers.reset_after_fork()
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
-        entries = self.residents.reset_after_fork(threading.get_ident(), self._inherited or [])
+        entries = self.residents.reset_after_fork(identity.token, self._inherited or [])
         self.shelf.reset_after_fork(entry.keeps for entry in entries if isinstance(entry.keeps, Held))
         self._inherited = entries
 
@@ -293,6 +293,10 @@ class _Upstairs:
 
     def give_up(self, models: Iterable[str], reason: Reason, figures: dict[str, int], for_model: str) -> bool:
         return self._parts.room.give_up(frozenset(models), reason, figures, for_model)
+
+    def idle(self, models: Iterable[str]) -> bool:
+        resident = self._parts.residents.resident
+        return any(model in resident and not resident[model].holds for model in models)
 
     def unmet(self, *, over: bool) -> None:
         self._parts.residents.disk_over = over

@@ -20,6 +20,7 @@ ORDER = (
     "calling",
     "events",
     "guard",
+    "identity",
     "deliveries",
     "hooks",
     "policies",

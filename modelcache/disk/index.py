@@ -31,6 +31,10 @@ class Wish(Protocol):
         """The id of the model that needs the room."""
         ...
 
+    def check(self) -> None:
+        """Raise Cancelled where it was told to stop."""
+        ...
+
     def refused(self, refusal: NoRoom) -> None:
         """Note what stands in the way, for a waiter whose time ends meanwhile; the guard is held."""
         ...

@@ -5,6 +5,7 @@ exclusive one. Correctness does not rest on it alone: a removal is a rename firs
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -49,9 +50,11 @@ class Pins:
             OSError: the system has no descriptor left, or can't read the folder.
         """
         try:
-            descriptor = os.open(folder, FOLDER)
-        except FileNotFoundError:
-            return None
+            descriptor = os.open(folder, FOLDER | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:  # gone, or no folder any more
+                return None
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if same(descriptor, folder):

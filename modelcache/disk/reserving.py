@@ -26,6 +26,10 @@ class Upstairs(Protocol):
         """Evict the coldest idle one of ``models`` from memory; return whether there was one."""
         ...
 
+    def idle(self, models: Collection[str]) -> bool:
+        """Whether one of ``models`` could be evicted from memory now; the guard is held."""
+        ...
+
     def unmet(self, *, over: bool) -> None:
         """Note whether a limit of the disk tier waits for a lease to end; the guard is held."""
         ...
@@ -113,23 +117,31 @@ class DiskRoom:
 
         Raises:
             NoRoom: nothing will, or nobody waits any more.
-            Contention: all fetches wait for one another.
+            Cancelled: it was told to stop.
+            Contention: two fetches hold what the other needs.
         """
+        wish = staging.wish
         with self._guard:
             others = self._index.stagings - {staging}
-            leaving = self._index.leaving() > 0
-            elsewhere = self._index.read_elsewhere()
-            if others and not leaving and all(other.waiting for other in others):
-                raise Contention(staging.reserved + amount)
-            refusal = self._no_room(staging, amount, shortage)
-            if not staging.wish.wanted() or (not others and not leaving and not elsewhere and staging.wish.hopeless()):
-                raise refusal
-            staging.wish.refused(refusal)
-            state, staging.wish.state = staging.wish.state, "waiting for room"
-            staging.waiting = True
-            self._guard.wait(RECHECK)
-            staging.waiting = False
-            staging.wish.state = state
+            moving = self._index.leaving() > 0 or any(not other.waiting for other in others)
+            sharing = any(other.reserved for other in others)
+            state, wish.state = wish.state, "waiting for room"
+            try:
+                wish.check()
+                if self._upstairs.idle(self._index.pinned()):
+                    return  # it became idle since it was asked for
+                if staging.reserved and sharing and not moving:
+                    raise Contention(staging.reserved + amount)
+                refusal = self._no_room(staging, amount, shortage)
+                stays = moving or sharing or self._index.read_elsewhere()
+                if not wish.wanted() or (not stays and wish.hopeless()):
+                    raise refusal
+                wish.refused(refusal)
+                staging.waiting = True
+                self._guard.wait(RECHECK)
+            finally:
+                staging.waiting = False
+                wish.state = state
 
     def _no_room(self, staging: Staging, amount: int, shortage: DiskShortage) -> NoRoom:
         model, figures = staging.wish.model, shortage.figures
@@ -175,10 +187,14 @@ class DiskRoom:
 
     def _removed(self, item: Item) -> bool:
         try:
-            return self._store.remove(item.published.folder)
+            aside = self._store.remove(item.published.folder)
         except OSError as error:  # no descriptor left, say: it still counts, and is tried again later
             _log.warning("%s can't be removed now (%s)", item.published.folder, error)
             return False
+        if aside is not None and not self._store.discard(aside):
+            with self._guard:
+                self._index.debris[aside] = item.bytes
+        return aside is not None
 
     def shrink(self) -> None:
         """Evict what a lowered budget or a raised ``min_free`` demands; returns once all that may go is gone."""

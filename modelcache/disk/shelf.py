@@ -66,7 +66,12 @@ class Shelf:
         for name in self._store.names() - known:
             if self._store.read(name) is None:
                 _log.warning("%s in %s is damaged: removed, to be fetched again", name, self._store.path)
-                self._store.remove(self._store.folder(name))
+                try:
+                    aside = self._store.remove(self._store.folder(name))
+                    if aside is not None:
+                        self._store.discard(aside)
+                except OSError as error:
+                    _log.warning("%s can't be removed (%s): look at its owner and mode", name, error)
 
     @property
     def mode(self) -> int:
@@ -79,14 +84,14 @@ class Shelf:
 
     def _refresh(self, prefix: str = "") -> None:
         """Learn what other processes published or removed; only names with ``prefix`` are looked at."""
-        names = {name for name in self._store.names() if name.startswith(prefix)}
-        with self._guard:
+        with self._guard:  # before the listing: what is published after it is not known, and so not missed
             known = {name: item for name, item in self.index.items.items() if name.startswith(prefix)}
-            for name, item in known.items():
-                if name not in names and not item.leaving:
-                    self.index.forget(item)
+        names = {name for name in self._store.names() if name.startswith(prefix)}
         found = [published for name in names - known.keys() if (published := self._store.read(name))]
         with self._guard:
+            for name, item in known.items():
+                if name not in names and not item.leaving and self.index.items.get(name) is item:
+                    self.index.forget(item)
             self.index.take_in(found)
 
     def open(self, model: str) -> Held | None:
@@ -133,6 +138,7 @@ class Shelf:
 
     def delete(self, model: str) -> bool:
         """Remove a model's artifact, with its last pin where it is pinned; return whether it is gone."""
+        self._refresh(folder_prefix(self._source, model))
         with self._guard:
             item = self.index.models.get(model)
             if item is None:
@@ -143,8 +149,8 @@ class Shelf:
             item.leaving = True
         return not self._room.remove([item])
 
-    def stage(self, wish: Wish, size: int) -> Staging:
-        """Reserve room for a download of ``size`` bytes, and return a folder for it.
+    def stage(self, wish: Wish, size: int, least: int) -> Staging:
+        """Reserve room for a download of ``size`` bytes, ``least`` in all, and return a folder for it.
 
         Raises:
             TooLarge: it can never fit within the budget; nothing was downloaded.
@@ -157,7 +163,7 @@ class Shelf:
         with self._guard:
             self.index.stagings.add(staging)
         try:
-            self._room.reserve(staging, charged(size) + _OVERHEAD)
+            self._room.reserve(staging, max(charged(size) + _OVERHEAD, least))
             staging.folder = self._store.stage()
         except BaseException:
             self._drop(staging)

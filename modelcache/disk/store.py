@@ -188,37 +188,42 @@ class Store:
         """
         return self._pins.take(folder)
 
-    def remove(self, folder: Path) -> bool:
-        """Remove a published folder unless some process has it pinned; return whether it is gone.
+    def remove(self, folder: Path) -> Path | None:
+        """Move a published folder aside, so that nobody ever sees half of it, and return where to ``discard`` it.
 
-        Moved aside first, so that nobody ever sees half of it; what a crash leaves is swept by the next start.
+        None where some process has it pinned. What a crash leaves is swept by the next start.
 
         Raises:
-            OSError: the system refuses; the folder is still there, or moved aside.
+            OSError: the system refuses; the folder is still there.
         """
+        aside = self._workshop.name()
         try:
-            descriptor = os.open(folder, FOLDER)
-        except FileNotFoundError:
-            return True
+            descriptor = os.open(folder, FOLDER | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(aside)  # a file or a link in place of a folder: nobody can have it pinned
+            return aside
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not same(descriptor, folder):
-                return True
-            aside = self._workshop.name()
-            folder.rename(aside)
+            if same(descriptor, folder):
+                folder.rename(aside)
         except BlockingIOError:
-            return False
+            return None
         except FileNotFoundError:
-            return True
+            pass
         finally:
             os.close(descriptor)
-        self.discard(aside)
-        return True
+        return aside
 
     def discard(self, folder: Path) -> bool:
         """Delete a staged or moved-aside folder; return whether it is gone, or must be tried again."""
-        shutil.rmtree(folder, ignore_errors=True)
-        return not folder.exists()
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        return not os.path.lexists(folder)
 
     def sweep(self) -> None:
         """Delete what dead processes, and only they, left under ``tmp/``."""

@@ -8,12 +8,12 @@ So at least one of the two sees the other. Everything else about residents is ``
 import time
 import warnings
 from collections.abc import Callable
-from threading import get_ident
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 from modelcache.errors import ModelCacheError
 from modelcache.events import Reason
+from modelcache.identity import identity
 
 T = TypeVar("T")
 
@@ -28,14 +28,14 @@ class Entry(Generic[T]):
         desk: whose it is.
         model: its id.
         value: what ``load`` returned; deleted once it is unloaded.
-        holds: ``id(lease)`` to the ident of the thread that took it; written without a lock.
+        holds: ``id(lease)`` to the identity of the thread that took it; written without a lock.
         retired: set, under the guard, by whoever takes it out of memory; undone where a hold came first.
         bytes: its footprint, as far as known.
         sure: whether ``bytes`` was measured or given by the user, not guessed from the artifact.
         cost: seconds that the load took.
         doomed: why it goes with its last hold; None while it stays.
         reason: why it went.
-        retirer: ident of the thread that carries its departure out.
+        retirer: identity of the thread that carries its departure out.
         inherited: loaded before a fork, so that dropping it gives nothing back.
         keeps: what must stay open as long as it is in memory: its pin on the disk tier.
         hits: lookups that found it, booked when the uses are drained.
@@ -67,15 +67,15 @@ class Entry(Generic[T]):
         self.desk = desk
         self.model = model
         self.value = value
-        self.holds: dict[int, int] = {}
-        self._seen: dict[int, tuple[int, float]] = {}
+        self.holds: dict[int, tuple[object]] = {}
+        self._seen: dict[int, tuple[tuple[object], float]] = {}
         self.retired = False
         self.bytes = size
         self.sure = sure
         self.cost = cost
         self.doomed: Reason | None = None
         self.reason: Reason | None = None
-        self.retirer: int | None = None
+        self.retirer: object = None
         self.inherited = False
         self.keeps = keeps
         self.hits = 0
@@ -85,14 +85,14 @@ class Entry(Generic[T]):
         """Return how long each hold has been seen, in seconds; the guard is held.
 
         The warm path does not look at a clock, so a hold's age counts from the first look at it; the monitor
-        looks every interval. A hold is told from a later one of the same id by its very int object, which is
-        kept here so that no other can have its address.
+        looks every interval. A hold is told from a later one of the same id by its very tuple, which is kept here so
+        that no other can have its address.
         """
         now = time.monotonic()
         seen = {}
-        for lease, thread in list(self.holds.items()):
+        for lease, hold in list(self.holds.items()):
             known = self._seen.get(lease)
-            seen[lease] = known if known is not None and known[0] is thread else (thread, now)
+            seen[lease] = known if known is not None and known[0] is hold else (hold, now)
         self._seen = seen
         return [now - since for _, since in seen.values()]
 
@@ -160,7 +160,7 @@ class Lease(Generic[T]):
             )
         if not entry:
             return desk.lookup(self)
-        entry.holds[id(self)] = get_ident()
+        entry.holds[id(self)] = (identity.token,)  # a tuple of its own for each hold, see Entry.ages
         if entry.retired:
             entry.holds.pop(id(self), None)
             return desk.lookup(self)
@@ -197,9 +197,9 @@ class Lease(Generic[T]):
 
     __exit__ = release
 
-    def hold(self, entry: Entry[T], thread: int) -> None:
+    def hold(self, entry: Entry[T], thread: object) -> None:
         """Take hold of an entry on behalf of the thread that waits for it; the guard is held."""
-        entry.holds[id(self)] = thread
+        entry.holds[id(self)] = (thread,)
         self._entry = entry
         self._desk = None
 

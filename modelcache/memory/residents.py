@@ -7,10 +7,10 @@ Every method here runs under the guard and does nothing but decide: what is to b
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
-from threading import get_ident
 from typing import Generic, TypeVar
 
 from modelcache.events import Reason
+from modelcache.identity import identity
 from modelcache.memory.entries import Entry, Lease
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits
@@ -175,8 +175,8 @@ class Residents(Generic[T]):
         if entry.holds:
             entry.retired = False
             return False
-        entry.reason = reason
-        entry.retirer = get_ident()
+        entry.reason = entry.doomed or reason
+        entry.retirer = identity.token
         for known in (self.resident, self.doomed):
             if known.get(entry.model) is entry:
                 del known[entry.model]
@@ -249,6 +249,7 @@ class Residents(Generic[T]):
         return chosen
 
     def _ranked(self, need: int, among: Collection[str] | None) -> Iterable[Entry[T]]:
+        yield from [entry for entry in self.doomed.values() if not entry.holds and among is None]  # to go anyway
         idle = {
             model: entry
             for model, entry in self.resident.items()
@@ -260,6 +261,10 @@ class Residents(Generic[T]):
                 for model in list(self._policy.victims(need, models)):
                     yield idle[model]
 
+    def idle(self) -> bool:
+        """Whether something in memory is not held, so that it can leave."""
+        return any(not entry.holds for entry in self.entries())
+
     def holders(self, among: Collection[str] | None = None) -> tuple[tuple[str, int, float], ...]:
         """Return ``(model, leases, age of the oldest in seconds)`` of each leased model, oldest lease first."""
         found = []
@@ -270,9 +275,9 @@ class Residents(Generic[T]):
                     found.append((entry.model, len(ages), max(ages)))
         return tuple(sorted(found, key=lambda holder: -holder[2]))
 
-    def holding_threads(self) -> set[int]:
-        """Return the idents of the threads that took the leases held now."""
-        return {thread for entry in self.entries() for thread in list(entry.holds.values())}
+    def holding_threads(self) -> set[object]:
+        """Return the identities of the threads that took the leases held now."""
+        return {thread for entry in self.entries() for (thread,) in list(entry.holds.values())}
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
@@ -290,11 +295,11 @@ class Residents(Generic[T]):
         grown = after.reading.used - before.reading.used
         return max(grown, guess) if grown >= _NOISE else None
 
-    def reset_after_fork(self, thread: int, unsettled: Iterable[Entry[T]]) -> list[Entry[T]]:
+    def reset_after_fork(self, thread: object, unsettled: Iterable[Entry[T]]) -> list[Entry[T]]:
         """In a child: keep the models, and only the leases of the thread that forked; return the models.
 
         Args:
-            thread: its ident.
+            thread: its identity.
             unsettled: what a parent that was itself forked, and never used, had still to ``restore``.
 
         ``resident`` is empty from here until ``restore``, so that the first lookup takes the slow path.
@@ -303,7 +308,7 @@ class Residents(Generic[T]):
         self.drain()
         for entry in entries:
             entry.inherited = True
-            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold == thread}
+            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold[0] is thread}
         self.resident.clear()  # the same dict: the warm path keeps it
         self.orphans = deque()
         self.leaving = set()

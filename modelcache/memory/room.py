@@ -41,8 +41,12 @@ class Applicant(Protocol):
         """Whether a loader under way waits for it: then it does not wait behind others."""
         ...
 
-    def threads(self) -> set[int | None]:
-        """Return the idents of the threads that wait for it, and that run it; the guard is held."""
+    def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it, and that run it; the guard is held."""
+        ...
+
+    def check(self) -> None:
+        """Raise Cancelled where it was told to stop."""
         ...
 
     def wanted(self) -> bool:
@@ -104,7 +108,7 @@ class Room(Generic[T]):
                 self._guard.notify()
 
     def _admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
-        residents, futile, most, rows, trimmed = self._residents, 0, 1, 0, False
+        residents, futile, most, rows = self._residents, 0, 1, 0
         while True:
             churn = residents.churn
             applicant.state = "loading"
@@ -118,43 +122,38 @@ class Room(Generic[T]):
                     residents.reserved[token] = need
                     residents.churn += 1
                     return limits, churn + 1
-                if shortage.over_high > 0 and not trimmed:  # freed heap looks used, but costs no eviction
-                    victims, told = [], []
-                else:
-                    victims = residents.choose(shortage, most) if turn and futile < _FUTILE else []
-                    told = [self._evicted(entry, shortage, applicant.model) for entry in victims]
-                    if not victims:
-                        rows, futile = rows + (futile >= _FUTILE), 0
-                        self._wait(applicant, token, need, shortage, turn=turn, last=rows > 1)
+                looked = token in residents.line  # only from now on a release sees that somebody waits
+                residents.line[token] = None
+                residents.update_short()
+                victims = residents.choose(shortage, most) if looked and turn and futile < _FUTILE else []
+                told = [self._evicted(entry, shortage, applicant.model) for entry in victims if not entry.doomed]
+                if looked and not victims:
+                    rows, futile = rows + (futile >= _FUTILE), 0
+                    self._wait(applicant, need, shortage, turn=turn, last=rows > 1)
+            if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
+                self._unloader.collect(now=True)
+                heap.give_back()
             if victims:
                 most *= 2
-                futile = 0 if self._evict(victims, told, limits) else futile + 1
-            elif shortage.over_high > 0 and not trimmed:
-                trimmed = heap.give_back() or True
+                futile = 0 if self._evict(victims, told, limits, shortage.reason) else futile + 1
 
     def _leaving(self, applicant: Applicant, model: str | None = None) -> bool:
         """Whether some model (or this one) is being unloaded by a thread that does not wait for the applicant."""
         waiting = applicant.threads()
         return any(entry.retirer not in waiting and model in {None, entry.model} for entry in self._residents.leaving)
 
-    def _wait(
-        self, applicant: Applicant, token: object, need: int, shortage: Shortage, *, turn: bool, last: bool
-    ) -> None:
-        """Stand in line, and wait for something to change; the guard is held.
+    def _wait(self, applicant: Applicant, need: int, shortage: Shortage, *, turn: bool, last: bool) -> None:
+        """Wait for something to change; the guard is held.
 
         Raises:
             NoRoom: nothing will, nobody waits any more, or (``last``) evicting did not help twice over.
+            Cancelled: it was told to stop.
         """
-        residents = self._residents
         applicant.state = "waiting for room"
-        if token not in residents.line:
-            residents.line[token] = None
-            residents.update_short()
-            return  # a lease that ended before it could see that somebody waits is looked at once more
-        idle = any(not entry.holds for entry in residents.resident.values())
+        applicant.check()
         refusal = self._no_room(applicant.model, need, shortage)
-        lost = not idle and not self._leaving(applicant) and applicant.hopeless()
-        mine = turn or not applicant.threads().isdisjoint(residents.holding_threads())  # else the head decides
+        lost = not self._residents.idle() and not self._leaving(applicant) and applicant.hopeless()
+        mine = turn or not applicant.threads().isdisjoint(self._residents.holding_threads())  # else the head decides
         if last or not applicant.wanted() or (lost and mine):
             raise refusal
         applicant.refused(refusal)
@@ -188,6 +187,7 @@ class Room(Generic[T]):
     def look(self) -> None:
         """Answer growth from outside: from above ``high`` down to ``low``; the monitor's tick."""
         self._settle_orphans()
+        self._unloader.collect(now=False)
         with self._guard:
             self._residents.holders()  # a lease's age counts from the first look at it
         if self._pause:
@@ -215,7 +215,7 @@ class Room(Generic[T]):
                     victims, told = [], []
                 else:
                     victims = [] if shortage.met else residents.choose(shortage, most)
-                    told = [self._evicted(entry, crossed or shortage, None) for entry in victims]
+                    told = [self._evicted(entry, crossed or shortage, None) for entry in victims if not entry.doomed]
                     if not victims:
                         if self._settled(shortage):
                             return True
@@ -227,7 +227,7 @@ class Room(Generic[T]):
                     crossed = None
                 continue
             most *= 2
-            futile = 0 if self._evict(victims, told, limits) else futile + 1
+            futile = 0 if self._evict(victims, told, limits, shortage.reason) else futile + 1
             if futile >= _FUTILE:
                 return False
 
@@ -282,11 +282,11 @@ class Room(Generic[T]):
             **shortage.figures,
         )
 
-    def _evict(self, victims: list[Entry[T]], told: list[Event], before: Limits) -> bool:
+    def _evict(self, victims: list[Entry[T]], told: list[Event], before: Limits, reason: Reason) -> bool:
         """Unload a batch, give heap back, measure; return whether it freed a fair share of what it promised."""
         started = time.monotonic()
         promised = sum(0 if entry.inherited else entry.bytes for entry in victims)
-        count, reason = len(victims), told[0].reason
+        count = len(victims)
         self._teller.tell(told)
         self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
         after = self._tier.limits()

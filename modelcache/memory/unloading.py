@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("modelcache")
 _OWED = 4 * 2**20  # bytes of unloaded models after which the heap is given back even where no reading asks for it
-_GC_SHARE = 10  # at most a tenth of the time is spent in collections of ours
+_GC_SHARE = 10  # collections of ours take at most a tenth of the time, but for a load that waits for memory
 
 
 class Unloader(Generic[T]):
@@ -52,6 +52,7 @@ class Unloader(Generic[T]):
         self._let_go = let_go
         self._teller = teller
         self._owed = 0
+        self._suspects: list[weakref.ref[Any]] = []
         self._collected = 0.0
         self._collection_took = 0.0
         self.errors = 0
@@ -65,7 +66,8 @@ class Unloader(Generic[T]):
         traces = [_trace(entry.value) for entry in entries]
         while entries:
             self._depart(entries.pop(0))
-        self._collect(traces)
+        self._suspects = [*self._suspects, *(trace for trace in traces if trace is not None)]
+        self.collect(now=False)
         self._owed += size
         if trim or self._owed >= _OWED:
             self._owed = 0
@@ -118,15 +120,20 @@ class Unloader(Generic[T]):
             error=problem,
         )
 
-    def _collect(self, traces: list["weakref.ref[Any] | None"]) -> None:
-        """Collect cycles where a model lives on, unless collections already take a tenth of the time."""
-        alive = any(trace is not None and trace() is not None for trace in traces)
-        now = time.monotonic()
-        if not alive or now - self._collected < _GC_SHARE * self._collection_took:
+    def collect(self, *, now: bool) -> None:
+        """Collect cycles where a model that was unloaded lives on.
+
+        Args:
+            now: also where the last collection was just before; else it is left to the monitor's next look.
+        """
+        self._suspects = [trace for trace in self._suspects if trace() is not None]
+        started = time.monotonic()
+        if not self._suspects or (not now and started - self._collected < _GC_SHARE * self._collection_took):
             return
         gc.collect()
+        self._suspects = []  # what still lives is held by somebody, and no collection helps
         self._collected = time.monotonic()
-        self._collection_took = self._collected - now
+        self._collection_took = self._collected - started
 
 
 def _trace(value: object) -> "weakref.ref[Any] | None":

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import subprocess
+import subprocess  # noqa: TC003 - annotations that a reader may evaluate
 import time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.support.children import KILLED, finish, run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import allocated, small_cache
 
-# A process that kills itself at the n-th of: reads of the stream, charges of bytes, and system calls that publish or remove.
+# A process that kills itself at the n-th read of the stream, charge of bytes, or system call that publishes or removes.
 CRASH = """
 import shutil, tempfile
 folder, point, number, text = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -65,7 +65,7 @@ print("whole")
 
 @pytest.mark.parametrize("point", ["read", "grow", "rename", "fsync", "mkdir"])
 def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, point: str) -> None:
-    """F025: killed at the n-th step of a fetch, for each n until it gets through, the next start sees no partial model."""
+    """F025: killed at the n-th step of a fetch, for each n until it gets through, no start sees a partial model."""
     number = 0
     whole = False
     while not whole:
@@ -90,7 +90,7 @@ def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, point: str) -> Non
 
 @pytest.mark.parametrize("number", range(1, 10, 2))
 def test_f034_killed_in_the_middle_of_a_removal(tmp_path: Path, number: int) -> None:
-    """F034: killed at the n-th file of a removal, the model is there as a whole or not at all, and the rest is swept."""
+    """F034: killed at the n-th file of a removal, the model is there whole or not at all, and the rest is swept."""
     child = start(CRASH, tmp_path, "unlink", number, "new")
     out = finish(child, code=None)
     assert child.returncode in {0, KILLED}, out
@@ -153,7 +153,7 @@ def test_f026_eight_processes_ask_for_one_model(tmp_path: Path) -> None:
     "seconds", [3, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(60)])], ids=["3 s", "10 s"]
 )
 def test_f033_eight_processes_evict_and_read(tmp_path: Path, seconds: int) -> None:
-    """F026, F033: eight processes with disk room for three models read the right bytes, and no evictor meets an error."""
+    """F026, F033: eight processes with disk room for three models read the right bytes, and evict without error."""
     shared = tmp_path / "ready"
     shared.mkdir()
     children = [start(SHARED, tmp_path, seed, seconds, shared, 8, "all", watchdog=40) for seed in range(8)]
@@ -204,7 +204,8 @@ def test_f056_interpreter_ends_while_the_source_is_silent(tmp_path: Path) -> Non
 def test_f056_unload_runs_at_exit(tmp_path: Path) -> None:
     """F056: a cache that nobody closed unloads its models at exit, leased ones too are not in the way of the end."""
     script = """
-    cache = small_cache(Path(sys.argv[1]), DictSource().add("a", "b"), unload=lambda model: print("bye", model.name, flush=True))
+    cache = small_cache(Path(sys.argv[1]), DictSource().add("a", "b"),
+                        unload=lambda model: print("bye", model.name, flush=True))
     cache.get("a")
     lease = cache.lease("b")
     lease.acquire()
@@ -244,7 +245,7 @@ def test_f056_ctrl_c_during_get(tmp_path: Path, blocks_in: str) -> None:
 
 
 def test_f056_get_in_an_atexit_handler(tmp_path: Path) -> None:
-    """F056: a lookup after the cache was closed at exit, or when no thread can be started any more, ends in CacheClosed."""
+    """F056: a lookup at exit, after the cache was closed, ends in CacheClosed."""
     script = """
     import atexit
     def late():

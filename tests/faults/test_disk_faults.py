@@ -35,7 +35,7 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 
 def test_f027_disk_full(tmp_path: Path) -> None:
-    """F027: a file system that others fill is NoRoom with path, need and free; nothing is left, and loaded models serve on."""
+    """F027: a disk that others fill is NoRoom with path, need and free; nothing is left, loaded models serve on."""
     with small_disk(tmp_path / "disk", "size=4m") as disk:
         source = DictSource().add("small", "other", size=1000).add("big", size=3_000_000)
         with small_cache(tmp_path, source) as cache:
@@ -94,14 +94,50 @@ def ids() -> list[str]:
     """Return ids that are long, or alike."""
     long = ["x" * length for length in (200, 250, 255, 256, 1024)]
     long += ["é" * 127, "é" * 128, "é" * 512, "語" * 341, "a/" * 511 + "a", "/".join(["n" * 255] * 4)]
-    alike = ["Model", "model", "MODEL", "mOdel", "straße", "STRASSE", "ſ", "s", "a/b", "a__b", "a%2Fb", "a b", "a_b", "a.b"]
-    alike += [unicodedata.normalize(form, "Ångström") for form in ("NFC", "NFD")] + ["\u212b", "\u00c5", "x.", "x", "x ", " x"]
-    alike += ["CON", "nul", "-rf", "~", "$HOME", "a\\b", "a:b", "a?b", "record.json", "artifact", "tmp", "x.json", "x.tmp"]
+    alike = [
+        "Model",
+        "model",
+        "MODEL",
+        "mOdel",
+        "straße",
+        "STRASSE",
+        "\u017f",
+        "s",
+        "a/b",
+        "a__b",
+        "a%2Fb",
+        "a b",
+        "a_b",
+        "a.b",
+    ]
+    alike += [unicodedata.normalize(form, "Ångström") for form in ("NFC", "NFD")] + [
+        "\u212b",
+        "\u00c5",
+        "x.",
+        "x",
+        "x ",
+        " x",
+    ]
+    alike += [
+        "CON",
+        "nul",
+        "-rf",
+        "~",
+        "$HOME",
+        "a\\b",
+        "a:b",
+        "a?b",
+        "record.json",
+        "artifact",
+        "tmp",
+        "x.json",
+        "x.tmp",
+    ]
     return long + alike
 
 
 def test_f031_f032_ids_stay_apart(tmp_path: Path) -> None:
-    """F031, F032: long ids, and ids that differ in case, Unicode form or separators only, are models of their own, after a restart too."""
+    """F031, F032: long ids, and ids alike but for case, Unicode form or separators, stay apart, over a restart too."""
     names = ids()
     assert len(set(names)) == len(names)
     source = DictSource().add(*names)
@@ -127,20 +163,24 @@ def test_f031_f032_ids_stay_apart(tmp_path: Path) -> None:
 def test_f035_published_files_never_change(tmp_path: Path) -> None:
     """F035: fetching a model anew makes new files; a mapping of the old ones reads what it read before."""
     source = DictSource().add("a", size=8192)
-    with small_cache(tmp_path, source, lambda path: path) as cache, cache.lease("a") as path:
-        with (path / "model.txt").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            before = bytes(mapped)
-            assert cache.delete("a") is False
-            with small_cache(tmp_path, source) as other:
-                assert other.get("a").name == "a"
-                other.delete("a")
-            assert bytes(mapped) == before
+    with (
+        small_cache(tmp_path, source, lambda path: path) as cache,
+        cache.lease("a") as path,
+        (path / "model.txt").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+    ):
+        before = bytes(mapped)
+        assert cache.delete("a") is False
+        with small_cache(tmp_path, source) as other:
+            assert other.get("a").name == "a"
+            other.delete("a")
+        assert bytes(mapped) == before
 
 
 @pytest.mark.parametrize("lost", ["", "models", "tmp", "modelcache.json"])
 @pytest.mark.parametrize("moment", ["idle", "read", "load"])
 def test_f043_folder_removed_under_a_running_cache(tmp_path: Path, lost: str, moment: str) -> None:
-    """F043: rm -rf of the folder, or a part of it, leaves loaded models served; the next fetch works or is a typed error."""
+    """F043: rm -rf of the folder, or of a part, leaves loaded models served; the next fetch works or says why not."""
     source = DictSource().add("a", "b", "c", "d", size=5000)
     goal = tmp_path / "disk" / lost
 
@@ -289,7 +329,7 @@ def test_f045_one_damaged_folder_hides_no_other(tmp_path: Path, damage: Any) -> 
 
 @pytest.mark.parametrize("damage", [dangling_link, plain_file, link_to_itself])
 def test_f045_damaged_while_it_runs(tmp_path: Path, damage: Any) -> None:
-    """F045: a folder that is damaged under a running cache is fetched again or a typed error, and its room comes back."""
+    """F045: a folder that is damaged under a running cache is fetched again or a typed error; its room comes back."""
     source = DictSource().add("a", "b", size=5000)
     with small_cache(tmp_path, source, retry_after=0) as cache:
         cache.prefetch(["a", "b"], tier="disk").wait(10)
@@ -339,7 +379,7 @@ def _open_path(tmp_path: Path) -> Path:
     folder = tmp_path / "open"
     folder.mkdir()
     for parent in (folder, *folder.parents):
-        if str(parent).startswith("/tmp/pytest"):
+        if "pytest-" in str(parent):
             parent.chmod(0o755)
     return folder
 
@@ -368,7 +408,7 @@ def test_f046_few_descriptors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spare", range(12))
 def test_f046_no_descriptor_left(tmp_path: Path, spare: int) -> None:
-    """F046: with only a few descriptors left, a cold get works or is a typed error; afterwards all works and all room is back."""
+    """F046: with few descriptors left, a cold get works or is a typed error; afterwards all works, all room is back."""
     run(
         """
         import resource
@@ -454,7 +494,7 @@ def test_f046_failures_leak_nothing(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_swept_when_room_is_short(tmp_path: Path) -> None:
-    """What a process left under tmp/ that died after our start is swept as soon as a fetch finds no room on the disk."""
+    """What a process that died after our start left under tmp/ is swept as soon as a fetch finds no room."""
     with small_disk(tmp_path / "disk", "size=4m") as disk:
         source = DictSource().add("a", size=2_000_000)
         with small_cache(tmp_path, source, disk={"min_free": 4096}) as cache:
@@ -490,12 +530,12 @@ def test_monitor_ends_however_close_meets_its_look(tmp_path: Path) -> None:
 
 
 def test_many_closes_and_starts(tmp_path: Path) -> None:
-    """F037: a folder that 20 caches open, fill and close one after the other holds each model once, and no leftovers."""
+    """F037: a folder that 20 caches open, fill and close in turn holds each model once, and no leftovers."""
     source = DictSource().add("a", "b", size=20_000)
     sizes = set()
     for _ in range(20):
         with small_cache(tmp_path, source) as cache:
-            assert together(lambda: cache.get("a").name, lambda: cache.get("b").name) == ["a", "b"]  # noqa: B023
+            assert together(lambda: cache.get("a").name, lambda: cache.get("b").name) == ["a", "b"]
         sizes.add(allocated(tmp_path / "disk"))
     assert len(sizes) == 1
     assert source.opens.count("a") == 1

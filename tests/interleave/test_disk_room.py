@@ -57,7 +57,7 @@ def test_many_fetches_need_one_anothers_room(tmp_path: Path, count: int) -> None
 
 
 def test_leased_artifacts_in_the_way_of_two_fetches(tmp_path: Path) -> None:
-    """Two lookups that wait for disk room which one lease holds are both told who holds it, not merely that time is up."""
+    """Two lookups that wait for disk room which one lease holds are both told who holds it."""
     source = DictSource().add("held", size=size_on_disk(20)).add("a", "b", size=size_on_disk(20))
     budget = size_on_disk(30) + OVERHEAD
     with small_cache(tmp_path, source, load_name, disk={"budget": budget}, loaders=2) as cache:
@@ -73,7 +73,7 @@ def test_leased_artifacts_in_the_way_of_two_fetches(tmp_path: Path) -> None:
 
 
 def test_two_threads_whose_own_leases_are_in_the_way_on_disk(tmp_path: Path) -> None:
-    """Two threads that each lease one model and wait for disk room for another are refused at once, not at their timeout."""
+    """Two threads that each lease one model and need disk room for another are refused at once."""
     source = DictSource().add("a", "b", "c", "d", size=size_on_disk(20))
     budget = size_on_disk(50) + 2 * OVERHEAD
     barrier = threading.Barrier(2)
@@ -93,9 +93,10 @@ def test_two_threads_whose_own_leases_are_in_the_way_on_disk(tmp_path: Path) -> 
 def test_flight_without_waiters_stops_waiting_for_disk_room(tmp_path: Path) -> None:
     """Fetches that nobody waits for any more do not go on asking the source while a lease is in their way."""
     source = DictSource().add("held", "a", "b", size=size_on_disk(20))
-    with small_cache(
-        tmp_path, source, load_name, disk={"budget": size_on_disk(30) + OVERHEAD}, loaders=2
-    ) as cache, cache.lease("held"):
+    with (
+        small_cache(tmp_path, source, load_name, disk={"budget": size_on_disk(30) + OVERHEAD}, loaders=2) as cache,
+        cache.lease("held"),
+    ):
         calls = [Call(cache.get, name, timeout=0.3) for name in "ab"]
         for call in calls:
             assert isinstance(call.error(), NoRoom | Timeout)
@@ -178,9 +179,7 @@ def test_model_in_memory_gives_up_its_files_once_released(tmp_path: Path) -> Non
     def load(path: Path, name: str) -> Any:
         return done.load(path, name)
 
-    with small_cache(
-        tmp_path, source, load, unload=done.unload, disk={"budget": size_on_disk(30) + OVERHEAD}
-    ) as cache:
+    with small_cache(tmp_path, source, load, unload=done.unload, disk={"budget": size_on_disk(30) + OVERHEAD}) as cache:
         lease = cache.lease("held")
         lease.acquire()
         get = Call(cache.get, "a", timeout=9)

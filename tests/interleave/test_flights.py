@@ -122,7 +122,7 @@ def test_circle_over_two_threads(tmp_path: Path) -> None:
 
 
 def test_circle_over_three_threads_with_innocent_bystanders(tmp_path: Path) -> None:
-    """A circle over three threads ends; a fourth lookup that merely waits for a part of it gets an error, not a hang."""
+    """A circle over three threads ends; a fourth lookup that waits for a part of it gets an error too."""
     barrier = threading.Barrier(3)
 
     def load(path: Path, name: str) -> Any:
@@ -293,7 +293,7 @@ def test_delete_and_get_at_once(tmp_path: Path) -> None:
 
 
 def test_delete_waits_for_nobodys_lease(tmp_path: Path) -> None:
-    """delete of a leased model returns False at once; files and model go with the last lease."""
+    """Delete of a leased model returns False at once; files and model go with the last lease."""
     done = Counting()
     with small_cache(tmp_path, DictSource().add("a"), done.load, unload=done.unload) as cache:
         with cache.lease("a"):
@@ -358,7 +358,7 @@ def test_close_meets_landing(tmp_path: Path) -> None:
 
 
 def test_close_while_a_load_hangs(tmp_path: Path) -> None:
-    """close gives up after its timeout on a load that hangs; once that ends, its model is unloaded and all is gone."""
+    """Close gives up after its timeout on a load that hangs; once that ends, its model is unloaded and all is gone."""
     gate = Gate()
     done = Counting(a=gate)
     cache = small_cache(tmp_path, DictSource().add("a"), done.load, unload=done.unload)
@@ -373,7 +373,7 @@ def test_close_while_a_load_hangs(tmp_path: Path) -> None:
 
 
 def test_close_by_many_at_once(tmp_path: Path) -> None:
-    """close called by eight threads at once while others look up unloads each model once, and all get a clear answer."""
+    """Eight threads that close at once while others look up unload each model once."""
     done = Counting()
     names = [f"m{number}" for number in range(10)]
     cache = small_cache(tmp_path, DictSource().add(*names), done.load, unload=done.unload)
@@ -395,7 +395,7 @@ def test_close_by_many_at_once(tmp_path: Path) -> None:
 
 
 def test_close_meets_a_queued_prefetch(tmp_path: Path) -> None:
-    """close ends a prefetch of many models at once: what was not begun is not begun."""
+    """Close ends a prefetch of many models at once: what was not begun is not begun."""
     gate = Gate()
     done = Counting(m0=gate)
     names = [f"m{number}" for number in range(20)]
@@ -413,7 +413,7 @@ def test_close_meets_a_queued_prefetch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seam", ["unload", "Evicted", "Unloaded", "Loaded", "load"])
 def test_close_from_user_code_does_not_wait_for_itself(tmp_path: Path, seam: str) -> None:
-    """close called by unload=, a loader or a callback ends at once, since it does not wait for its own caller."""
+    """Close called by unload=, a loader or a callback ends at once, since it does not wait for its own caller."""
     took: list[float] = []
 
     def shut(_: object = None) -> None:

@@ -1,5 +1,6 @@
-"""Fork: what a child finds, what it may not disturb, and the other way round. All forks are in processes of their own."""
+"""Fork: what a child finds, and what it may not disturb. All forks happen in processes of their own."""
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,11 @@ FOLDER = Path(sys.argv[1])
 
 def fork_script(tmp_path: Path, script: str, **settings: int) -> str:
     """Run a script that may fork."""
-    import textwrap
-
     return run(FORK + textwrap.dedent(script), tmp_path, **settings)
 
 
 def test_f094_child_serves_what_was_loaded_and_its_monitor_evicts(tmp_path: Path) -> None:
-    """F094: a child serves the parent's models without a load; its own monitor starts and evicts there, not in the parent."""
+    """F094: a child serves the parent's models without a load, and its own monitor evicts there."""
     fork_script(
         tmp_path,
         """
@@ -138,7 +137,7 @@ def test_leases_of_other_threads_are_dropped(tmp_path: Path) -> None:
 
 
 def test_child_keeps_its_own_file_leases(tmp_path: Path) -> None:
-    """Once a child has used the cache, no other process removes the files of its models, also after the parent is gone."""
+    """Once a child has used the cache, no other process removes its models' files, even after the parent's end."""
     fork_script(
         tmp_path,
         """
@@ -192,7 +191,7 @@ def test_child_that_never_uses_the_cache_disturbs_nothing(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("moment", ["read", "load"])
 def test_fork_in_the_middle_of_a_flight(tmp_path: Path, moment: str) -> None:
-    """A child forked during another thread's fetch or load brings the model in itself; neither disturbs the other's files."""
+    """A child forked during another thread's fetch or load brings the model in itself, and disturbs no file."""
     fork_script(
         tmp_path,
         f"""
@@ -257,7 +256,7 @@ def test_fork_while_an_unload_runs(tmp_path: Path) -> None:
 
 
 def test_children_and_threads_download_at_once(tmp_path: Path) -> None:
-    """Four children of eight threads each fetch at once; each child has one locked folder under tmp/, and leaves none."""
+    """Four children of eight threads each fetch at once; each stages in one locked folder, and leaves none."""
     fork_script(
         tmp_path,
         """
@@ -353,7 +352,7 @@ def test_prefetch_begun_before_the_fork_is_not_waited_for(tmp_path: Path) -> Non
 
 
 def test_close_in_the_child_only(tmp_path: Path) -> None:
-    """close in a child ends the cache there and nowhere else."""
+    """Close in a child ends the cache there and nowhere else."""
     fork_script(
         tmp_path,
         """
@@ -484,7 +483,7 @@ def test_f095_200_forks_while_others_log_and_use_the_cache(tmp_path: Path) -> No
 
 
 def test_multiprocessing_fork_inside_a_loader(tmp_path: Path) -> None:
-    """A loader may fork: the child uses the cache like any other, and is not taken for the load that runs in the parent."""
+    """A loader may fork: the child uses the cache like any other, and is not taken for the parent's load."""
     fork_script(
         tmp_path,
         """

@@ -1,5 +1,6 @@
 """Leases against eviction, unload and each other, forced at the seams."""
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_two_threads_lease_and_evict_all_the_time(tmp_path: Path) -> None:
 
 
 def test_unload_of_leased_model_happens_at_release(tmp_path: Path) -> None:
-    """A model unloaded while two threads lease it goes with the last of them, on that thread, before release returns."""
+    """A model unloaded while two threads lease it goes with the last of them, before that release returns."""
     done, where = Counting(), []
 
     def unload(model: Any) -> None:
@@ -290,7 +291,7 @@ def test_waiter_gives_up_while_others_wait_on(tmp_path: Path) -> None:
 
 
 def test_landing_meets_timeout(tmp_path: Path) -> None:
-    """A waiter whose time ends at the very landing gets either the model or Timeout, and never leaves a lease behind."""
+    """A waiter whose time ends at the very landing gets the model or Timeout, and never leaves a lease behind."""
     done = Counting()
     names = [f"m{number}" for number in range(30)]
     with small_cache(tmp_path, DictSource().add(*names), done.load) as cache:
@@ -331,12 +332,12 @@ def test_lease_collected_unreleased_in_a_circle_lets_go(tmp_path: Path) -> None:
 
 
 def test_release_inside_a_decision_unloads_outside_it(tmp_path: Path) -> None:
-    """A lease that a finalizer releases in the middle of a decision of its own thread does not run unload= under the lock."""
+    """A lease that a finalizer releases in the middle of a decision does not run unload= under the lock."""
     policy, locked = Scripted(), []
-    cache: Any = None
+    caches: list[Any] = []
 
     def unload(model: Any) -> None:
-        look = Call(lambda: cache.models())
+        look = Call(caches[0].models)
         try:
             look.result(2)
         except AssertionError:
@@ -344,6 +345,7 @@ def test_release_inside_a_decision_unloads_outside_it(tmp_path: Path) -> None:
 
     memory = {"max_models": 2, "policy": policy, "interval": 0.05}
     with small_cache(tmp_path, DictSource().add("a", "b", "c"), unload=unload, memory=memory) as cache:
+        caches.append(cache)
 
         def generate() -> Any:
             with cache.lease("a"):
@@ -371,7 +373,7 @@ def test_events_agree_with_what_happened(tmp_path: Path) -> None:
         together(*[lambda name=name: cache.get(name) for name in names * 2])  # type: ignore[misc]
     for name in names:
         story = [type(event) for event in sorted(heard, key=lambda event: event.seq) if event.model == name]
-        for before, after in zip(story, story[1:], strict=False):
+        for before, after in itertools.pairwise(story):
             assert (before, after) != (Evicted, Evicted), story
         assert story.count(Unloaded) >= story.count(Evicted)
 

@@ -128,7 +128,7 @@ def test_f056_ctrl_c_at_many_lines(tmp_path: str, story: str) -> None:
 
 
 def test_f056_close_from_a_handler_at_many_lines(tmp_path: str) -> None:
-    """F056: close() from a signal handler, at any line that the main thread may be in, does not hang, and ends the cache."""
+    """F056: close() from a signal handler, wherever the main thread is, does not hang, and ends the cache."""
     assert "whole story" in run(HANDLER, tmp_path, 1, 31, watchdog=18)
 
 

@@ -163,7 +163,7 @@ def test_f113_interrupt_on_a_thread_of_the_cache_disturbs_nobody(
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError])
 def test_f113_unload_of_a_victim_raises(tmp_path: Path, stop: type[BaseException]) -> None:
-    """F113: whatever the unload= of a victim raises on the cache's thread, the newcomer is loaded, and the victim gone."""
+    """F113: whatever the unload= of a victim raises, the newcomer is loaded, and the victim gone."""
     done = Counting()
 
     def unload(model: Model) -> None:

@@ -69,7 +69,7 @@ class Crowd:
 
     def work(self, seed: int) -> None:
         """Do one verb after the other on models of which some are hot."""
-        chance = random.Random(seed)
+        chance = random.Random(seed)  # noqa: S311 - no secret
         verbs = [self._get] * 8 + [self._lease] * 8 + [self._unload, self._prefetch, self._look, self._nest]
         verbs += [self._delete] if seed % 8 == 0 else []
         while not self._stop.is_set():
@@ -124,7 +124,7 @@ class Crowd:
 
     def retune(self) -> None:
         """Change every setting again and again."""
-        chance = random.Random(0)
+        chance = random.Random(0)  # noqa: S311 - no secret
         while not self._stop.wait(0.02):
             which = chance.randrange(3)
             if which == 0:

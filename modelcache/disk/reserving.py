@@ -128,7 +128,7 @@ class DiskRoom:
             state, wish.state = wish.state, "waiting for room"
             try:
                 wish.check()
-                if self._upstairs.idle(self._index.pinned()):
+                if shortage.missing > 0 and self._upstairs.idle(self._index.pinned()):
                     return  # it became idle since it was asked for
                 if staging.reserved and sharing and not moving:
                     raise Contention(staging.reserved + amount)

@@ -65,8 +65,12 @@ class Workshop:
     def _make(self) -> Path:
         while True:
             folder = self._root / secrets.token_hex(8)
-            make_folder(folder, self._mode)
-            descriptor = os.open(folder, FOLDER)
+            try:
+                make_folder(folder, self._mode)
+                descriptor = os.open(folder, FOLDER)
+            except FileNotFoundError:  # a sweeper took it before it was locked, or somebody removed tmp/
+                self._root.mkdir(parents=True, exist_ok=True, mode=self._mode)
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # a sweeper has it

@@ -18,15 +18,20 @@ class Scripted:
     """A policy that gives its candidates in order of admission, and runs a script when it is asked for victims.
 
     Attributes:
-        script: called with the candidates, under the cache's lock.
+        script: called once with the candidates, under the cache's lock.
+        stop: called once at the next request that is booked, under the cache's lock.
     """
 
     def __init__(self) -> None:
         self.script: Any = None
+        self.stop: Any = None
         self._order: list[str] = []
 
     def requested(self, model: str, clock: int) -> None:
-        """Ignore."""
+        """Stop, where that is asked for."""
+        stop, self.stop = self.stop, None
+        if stop is not None:
+            stop()
 
     def admitted(self, resident: Resident) -> None:
         """Keep the order."""
@@ -76,22 +81,26 @@ def test_only_idle_model_is_leased_and_another_released_meanwhile(tmp_path: Path
         def swap(candidates: set[str]) -> None:
             assert candidates == {"b"}
             Call(second.acquire).result()
-            Call(first.release).result()
+            releases.append(Call(first.release))  # may have to wait until this decision is over
 
         policy.script = swap
-        get = Call(cache.lease("c").acquire)
-        assert get.result(5).name == "c"
+        releases: list[Call] = []
+        third = cache.lease("c")
+        assert Call(third.acquire).result(5).name == "c"
+        releases[0].result()
         second.release()
+        third.release()
 
 
 def test_hit_and_lease_take_no_lock(tmp_path: Path) -> None:
     """Warm get, lease and release return while another thread stands inside the cache's lock."""
     policy, gate = Scripted(), Gate()
     source = DictSource().add("a", "b", "c")
-    with small_cache(tmp_path, source, memory={"max_models": 2, "policy": policy}) as cache:
+    with small_cache(tmp_path, source, memory={"policy": policy}) as cache:
         cache.get("a")
         cache.get("b")
-        policy.script = gate
+        cache.models()  # books the uses so far
+        policy.stop = gate
         cold = Call(cache.get, "c")
         gate.wait()
 
@@ -107,6 +116,7 @@ def test_hit_and_lease_take_no_lock(tmp_path: Path) -> None:
 
         assert Call(warm).result(5) == "a"
         looking = Call(cache.models)
+        threading.Event().wait(0.1)
         assert not looking.over, "the lock was not held: this test proves nothing"
         gate.open()
         assert cold.result().name == "c"

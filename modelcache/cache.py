@@ -102,7 +102,7 @@ class ModelCache(Generic[T]):
 
         Args:
             model: its id.
-            timeout: seconds to wait in place of the cache's own; None: for ever.
+            timeout: seconds to wait in place of the cache's own; None: for ever. A warm hit does not look at it.
 
         Raises:
             InvalidModelId, ModelNotFound, SourceUnavailable, AccessDenied, ArtifactChanged, ArtifactCorrupt,

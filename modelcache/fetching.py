@@ -59,8 +59,8 @@ class Trip(Generic[T]):
     def state(self, value: str) -> None:
         self._flight.state = value
 
-    def refused(self, refusal: NoRoom) -> None:
-        """Note what stands in the way, for a waiter whose time ends meanwhile."""
+    def refused(self, refusal: NoRoom | None) -> None:
+        """Note what stands in the way (None: nothing), for a waiter whose time ends meanwhile."""
         self._flight.refusal = refusal
 
     @property

@@ -51,7 +51,7 @@ class Flight(Generic[T]):
         blocked_on: flights whose end its loader waits for.
         parent: the flight whose loader asked for it and runs it on its own thread.
         entry: what it brought into memory; error: how it failed. One is set once ``done``.
-        refusal: what stood in the way when it last waited for room.
+        refusal: what stands in the way while it waits for room.
         cancelled: told to stop as soon as it can.
         thread: identity of the thread that runs it.
     """
@@ -82,7 +82,7 @@ class Flight(Generic[T]):
         """Return the error for a caller that leaves without its model."""
         if self.error is not None:
             return self.error.fresh()
-        if self.refusal is not None and self.state == "waiting for room":
+        if self.refusal is not None:
             return self.refusal.fresh()
         return Timeout(
             f"model {self.model!a} was not there after {timeout} s: it is {self.state}, which goes on; "

@@ -35,8 +35,8 @@ class Wish(Protocol):
         """Raise Cancelled where it was told to stop."""
         ...
 
-    def refused(self, refusal: NoRoom) -> None:
-        """Note what stands in the way, for a waiter whose time ends meanwhile; the guard is held."""
+    def refused(self, refusal: NoRoom | None) -> None:
+        """Note what stands in the way (None: nothing), for a waiter whose time ends meanwhile; the guard is held."""
         ...
 
     def hopeless(self) -> bool:

@@ -98,6 +98,7 @@ class DiskRoom:
                 shortage = self._index.shortage(amount, limits)
                 if shortage.fits:
                     staging.reserved += amount
+                    staging.wish.refused(None)
                     return
                 victims = self._index.choose(shortage.missing) if swept else []
                 told = [self._evicted(item, shortage, staging.wish.model) for item in victims]
@@ -130,13 +131,13 @@ class DiskRoom:
                 wish.check()
                 if shortage.missing > 0 and self._upstairs.idle(self._index.pinned()):
                     return  # it became idle since it was asked for
+                refusal = self._no_room(staging, amount, shortage)
+                wish.refused(refusal)
                 if staging.reserved and sharing and not moving:
                     raise Contention(staging.reserved + amount)
-                refusal = self._no_room(staging, amount, shortage)
                 stays = moving or sharing or self._index.read_elsewhere()
                 if not wish.wanted() or (not stays and wish.hopeless()):
                     raise refusal
-                wish.refused(refusal)
                 staging.waiting = True
                 self._guard.wait(RECHECK)
             finally:

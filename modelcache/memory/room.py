@@ -57,8 +57,8 @@ class Applicant(Protocol):
         """Whether everybody who could give room waits for room too; the guard is held."""
         ...
 
-    def refused(self, refusal: NoRoom) -> None:
-        """Note what stands in the way, for a waiter whose time ends meanwhile; the guard is held."""
+    def refused(self, refusal: NoRoom | None) -> None:
+        """Note what stands in the way (None: nothing), for a waiter whose time ends meanwhile; the guard is held."""
         ...
 
 
@@ -120,6 +120,7 @@ class Room(Generic[T]):
                 turn = applicant.nested or next(iter(residents.line), token) is token
                 if turn and shortage.fits and not self._leaving(applicant, applicant.model):
                     residents.reserved[token] = need
+                    applicant.refused(None)
                     residents.churn += 1
                     return limits, churn + 1
                 looked = token in residents.line  # only from now on a release sees that somebody waits

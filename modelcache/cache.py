@@ -1,10 +1,9 @@
 """``ModelCache``: the story of a lookup, and the only module that knows all parts.
 
-A warm hit is a dict lookup and a note of use; it takes no lock (``memory.entries``). A miss joins or starts a
-flight (``flights``), which a thread of the cache's own runs (``workers``, ``loading``): find the artifact on disk
-(``disk.shelf``) or fetch it (``sources``, ``fetch``, ``archives``), make room in memory (``memory.room``), load, land.
-Decisions are made under one lock (``guard``) and acted on outside it; events (``events``, ``telling``, ``hooks``)
-say what was done and why.
+A warm hit is a dict lookup and a note of use; it takes no lock (``memory.entries``). A miss joins or starts a flight
+(``flights``), which a thread of the cache's own runs (``workers``): find the artifact on disk or fetch it (``fetching``),
+make room in memory, load, land (``loading``). Decisions are made under one lock (``guard``) and acted on outside it;
+events (``events``, ``telling``, ``hooks``) say what was done and why.
 """
 
 import functools
@@ -19,15 +18,16 @@ from typing import Any, Generic, Literal, Self, TypeVar, overload
 from modelcache import census, lifecycle
 from modelcache.closing import Life
 from modelcache.disk.tier import DiskTier
-from modelcache.errors import CacheClosed, ConfigError
+from modelcache.errors import CacheClosed
 from modelcache.events import Event, Reason
 from modelcache.flights import Cancelled, Flight
 from modelcache.identity import identity
 from modelcache.ids import validate_id
 from modelcache.machinery import Machinery
-from modelcache.memory.entries import DEFAULT, Entry, Lease
+from modelcache.memory.entries import DEFAULT, Lease
 from modelcache.memory.tier import MemoryTier
-from modelcache.prefetching import Prefetch
+from modelcache.orders import Orders
+from modelcache.prefetching import Prefetch, check_request
 from modelcache.reports import ModelInfo, Stats
 from modelcache.sources import Source
 from modelcache.units import parse_seconds
@@ -90,6 +90,7 @@ class ModelCache(Generic[T]):
         self._desk = self._parts.residents
         self._resident = self._desk.resident
         self._gettable = self._resident if unload is None else {}
+        self._orders = Orders(self._parts)
         self._life = Life(self._parts)
         lifecycle.enrol(self._life)
         self.memory: MemoryTier = self._parts.memory
@@ -121,7 +122,7 @@ class ModelCache(Generic[T]):
             return value
 
     def _warn_of_get(self) -> None:
-        """Say once that ``unload=`` can't know of callers of ``get``; the first one takes the slow path for it."""
+        """Say once that ``unload=`` can't know of callers of ``get``; the first takes the slow path for it."""
         if self._gettable is not self._resident:
             self._gettable = self._resident
             _log.warning("get() beside unload=: a model may be unloaded while its caller still uses it; use lease()")
@@ -158,16 +159,19 @@ class ModelCache(Generic[T]):
             while True:
                 flight, new = self._board(model, lease)
                 if flight is None:
-                    self._desk.note(self._held(lease))
                     break
-                self._start(flight, new=new)
+                self._parts.start(flight, new=new)
                 arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
                 self._disembark(model, lease)
                 if lease.held is not None:
                     break
                 if not arrived or not isinstance(flight.error, Cancelled):
                     raise flight.outcome(timeout)  # noqa: TRY301 - what is caught here cleans up after it
-            value = self._held(lease).value
+            entry = lease.held
+            assert entry is not None  # noqa: S101 - boarding or landing held it
+            if flight is None:
+                self._desk.note(entry)
+            value = entry.value
             self._parts.pass_on()
         except BaseException:  # whatever it is, nobody gets this lease
             self._disembark(model, lease)
@@ -176,18 +180,13 @@ class ModelCache(Generic[T]):
             raise
         return value
 
-    @staticmethod
-    def _held(lease: Lease[T]) -> Entry[T]:
-        assert lease.held is not None  # noqa: S101 - boarding or landing held it
-        return lease.held
-
     def _board(self, model: str, lease: Lease[T]) -> tuple[Flight[T] | None, bool]:
         """Hold the model if it is in memory after all, else wait for its flight; one decision under the guard."""
         parts = self._parts
         with parts.guard:
             asker = parts.flights.running()
-            if asker is None:
-                self._check_open(model)
+            if parts.closed and asker is None:
+                raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
             entry = self._desk.find(model, stays=not parts.closed)
             if entry is not None:
                 lease.hold(entry, identity.token)
@@ -208,29 +207,15 @@ class ModelCache(Generic[T]):
             raise failure
         return flight, new
 
-    def _start(self, flight: Flight[T], *, new: bool) -> None:
-        """See to it that some thread runs the flight: this one, where it is a thread of the cache itself."""
-        parts = self._parts
-        if parts.flights.running() is not None or parts.workers.own():
-            parts.loader.run(flight)
-        elif new or not flight.claimed:
-            parts.give_to_worker(flight, urgent=True)
-
     def _disembark(self, model: str, lease: Lease[T]) -> None:
         """Stop waiting, whatever happened."""
-        parts = self._parts
-        with parts.guard:
-            flight = parts.flights.active.get(model)
-            asker = parts.flights.running()
+        with (parts := self._parts).guard:
+            flight, asker = parts.flights.active.get(model), parts.flights.running()
             if flight is not None:
                 flight.waiters.pop(lease, None)
             if asker is not None:
                 asker.blocked_on = {ahead for ahead in asker.blocked_on if ahead is not flight and not ahead.landed}
             parts.guard.notify()
-
-    def _check_open(self, model: str | None = None) -> None:
-        if self._parts.closed:
-            raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
 
     def prefetch(self, models: Iterable[str], tier: Literal["memory", "disk"] = "memory") -> Prefetch:
         """Bring models in before anybody asks for them; return at once.
@@ -242,17 +227,7 @@ class ModelCache(Generic[T]):
         Raises:
             InvalidModelId, ConfigError, CacheClosed: nothing was begun. What fails later is in the handle's ``errors``.
         """
-        if isinstance(models, str | bytes) or not hasattr(models, "__iter__"):
-            raise ConfigError(f"prefetch takes a list of ids, not {models!r}", setting="models", value=models)
-        if tier not in ("memory", "disk"):
-            raise ConfigError(f"tier={tier!r} must be 'memory' or 'disk'", setting="tier", value=tier)
-        wanted = list(dict.fromkeys(validate_id(model) for model in models))
-        self._parts.enter("prefetch")
-        self._check_open()
-        handle = Prefetch(wanted, self._parts.drop_prefetch)
-        for model in wanted:
-            self._parts.prefetch(model, handle, to_memory=tier == "memory")
-        return handle
+        return self._orders.bring(check_request(models, tier), to_memory=tier == "memory")
 
     def unload(self, model: str) -> bool:
         """Drop a model from memory, with its last lease where it is leased; its artifact stays on disk.
@@ -261,7 +236,7 @@ class ModelCache(Generic[T]):
             Whether it is gone from memory; True for one that was not there. A lookup before the last lease
             ends takes the model back, and it stays.
         """
-        return self._parts.drop(validate_id(model), Reason.UNLOAD)
+        return self._orders.drop(validate_id(model), Reason.UNLOAD)
 
     def delete(self, model: str) -> bool:
         """Drop a model from memory and from disk, with its last lease where it is leased.
@@ -269,7 +244,7 @@ class ModelCache(Generic[T]):
         Returns:
             Whether it is gone from both; True for one that was not there.
         """
-        return self._parts.drop(validate_id(model), Reason.DELETE)
+        return self._orders.drop(validate_id(model), Reason.DELETE)
 
     def models(self) -> list[ModelInfo]:
         """Return a row for each model in a tier, sorted by id; looking is no use of a model."""

@@ -20,7 +20,7 @@ def models(parts: Machinery[Any]) -> list[ModelInfo]:
                 state="on disk" if flight is None or flight.state == "queued" else flight.state,
                 bytes=item.bytes,
                 leases=0,
-                hits=parts.residents.booked_hits(model),
+                hits=parts.residents.footprints.hits(model),
                 last_used=item.used,
             )
         for entry in [*parts.residents.leaving, *parts.residents.entries()]:
@@ -53,7 +53,7 @@ def stats(parts: Machinery[Any]) -> Stats:
             fetches=done.fetches,
             fetched_bytes=done.fetched_bytes,
             failures=done.failures,
-            evictions=parts.room.evictions,
+            evictions=parts.evictor.count,
             disk_evictions=parts.disk_room.evictions,
             models=len(entries),
             leases=sum(len(entry.holds) for entry in entries),

@@ -7,7 +7,7 @@ user's ``Policy``, is told so in its docstring.
 
 import threading
 
-_RLock: type = type(threading.RLock())
+_RLock: type = type(threading.RLock())  # guards nothing: only its type is wanted
 
 
 class Guard(_RLock):  # type: ignore[misc]

@@ -19,7 +19,9 @@ from modelcache.events import Failed, Loaded, Reason
 from modelcache.fetching import Fetcher, InPlace, Trip, check_cancelled
 from modelcache.flights import Cancelled, Flight, Flights, announce, clear_frames, current
 from modelcache.guard import Guard
+from modelcache.memory.admission import Admission
 from modelcache.memory.entries import Entry
+from modelcache.memory.footprints import measured
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import Limits, MemoryTier
@@ -42,7 +44,8 @@ class Loader(Generic[T]):
         shelf: the disk tier.
         tier: settings and gauge of the memory tier.
         residents: who is in memory.
-        room: makes room there.
+        admission: makes room there.
+        room: looks at limits that could not be met before.
         unloader: carries out what leaves.
         flights: who waits.
         guard: the cache's lock.
@@ -57,6 +60,7 @@ class Loader(Generic[T]):
     shelf: Shelf
     tier: MemoryTier
     residents: Residents[T]
+    admission: Admission[T]
     room: Room[T]
     unloader: Unloader[T]
     flights: Flights[T]
@@ -135,10 +139,10 @@ class Loader(Generic[T]):
         """Make room, load and land; return what is still to be released: nothing, once the entry keeps it."""
         guess, given = self._guess(flight.model, found)
         with self.guard:
-            need = self.residents.expected(flight.model) or guess
+            need = self.residents.footprints.expected(flight.model) or guess
         check_cancelled(flight)
         trip = Trip(flight, self.flights, self.residents)
-        before, churn = self.room.admit(trip, flight, need)
+        before, churn = self.admission.admit(trip, flight, need)
         flight.state = "loading"
         started = time.monotonic()
         value = self._call(flight.model, found.path)
@@ -146,9 +150,9 @@ class Loader(Generic[T]):
         after = self._read_after(before, need)
         with self.guard:
             alone = churn == self.residents.churn and len(self.residents.reserved) == 1
-            measured = self.residents.measured(guess, before, after, alone=alone)
-            size = need if measured is None else measured
-            sure = given or measured is not None or need != guess
+            found_out = measured(guess, before, after, alone=alone)
+            size = need if found_out is None else found_out
+            sure = given or found_out is not None or need != guess
             keeps = found if isinstance(found, Held) else None
             entry = Entry(self.residents, flight.model, value, size, duration, sure=sure, keeps=keeps)
             del value

@@ -20,19 +20,20 @@ from modelcache.disk.tier import DiskTier
 from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
 from modelcache.events import Hit, Missed, Reason
 from modelcache.fetching import Fetcher
-from modelcache.flights import Cancelled, Flight, Flights
+from modelcache.flights import Flight, Flights
 from modelcache.guard import Guard
 from modelcache.hooks import Hooks
 from modelcache.identity import identity
 from modelcache.loading import Loader
+from modelcache.memory.admission import Admission
 from modelcache.memory.entries import Entry, Lease
+from modelcache.memory.evicting import Evictor
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import MemoryTier
 from modelcache.memory.unloading import Unloader
 from modelcache.monitor import Monitor
 from modelcache.policies import Guarded
-from modelcache.prefetching import Prefetch
 from modelcache.sources import Source, source_from
 from modelcache.telling import Teller
 from modelcache.units import parse_count, parse_seconds
@@ -73,7 +74,8 @@ class Machinery(Generic[T]):
         self._inherited: list[Entry[T]] | None = None
         self.residents: Residents[T] = Residents(self.memory.policy, lookup, self._hit, self._released)
         self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller)
-        self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, self.teller)
+        self.evictor: Evictor[T] = Evictor(self.memory, self.unloader, self.teller)
+        self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, self.evictor)
         self.disk.bind(self.source.url, self._disk_retuned)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
@@ -89,6 +91,7 @@ class Machinery(Generic[T]):
             shelf=self.shelf,
             tier=self.memory,
             residents=self.residents,
+            admission=Admission(self.memory, self.residents, self.guard, self.evictor, self.unloader),
             room=self.room,
             unloader=self.unloader,
             flights=self.flights,
@@ -139,6 +142,13 @@ class Machinery(Generic[T]):
         tier = "disk" if model in self.shelf.index.present() else "source"
         return Missed(seq=self.teller.number(), time=time.time(), model=model, tier=tier, reason=Reason.REQUEST)
 
+    def start(self, flight: Flight[T], *, new: bool) -> None:
+        """See to it that some thread runs a flight: this one, where it is a thread of the cache itself."""
+        if self.flights.running() is not None or self.workers.own():
+            self.loader.run(flight)
+        elif new or not flight.claimed:
+            self.give_to_worker(flight, urgent=True)
+
     def give_to_worker(self, flight: Flight[T], *, urgent: bool) -> None:
         """Have a thread of the cache run a flight."""
         try:
@@ -153,60 +163,6 @@ class Machinery(Generic[T]):
             mine = self.flights.claim(flight)
         if mine:
             self.loader.fail(flight, error)
-
-    def prefetch(self, model: str, handle: Prefetch, *, to_memory: bool) -> None:
-        """Bring one model in for a prefetch, unless it is there already."""
-        with self.guard:
-            there = model in self.residents.resident or self.residents.rescue(model) is not None
-            there = there or (not to_memory and model in self.shelf.index.present())
-            failure = None if there else self.flights.failure(model)
-            flight, new = None, False
-            if not there and failure is None:
-                flight, new = self.flights.start(model, Reason.PREFETCH, to_memory=to_memory)
-                flight.watchers.add(handle)
-        if flight is None:
-            handle.finished(model, failure)
-        elif new:
-            self.give_to_worker(flight, urgent=False)
-
-    def drop_prefetch(self, handle: Prefetch, models: Iterable[str]) -> None:
-        """Stop the flights that only this prefetch wanted."""
-        for model in models:
-            with self.guard:
-                flight = self.flights.active.get(model)
-                if flight is None or handle not in flight.watchers:
-                    continue
-                flight.watchers.discard(handle)
-                unwanted = not flight.wanted()
-                flight.cancelled = flight.cancelled or unwanted
-                self.guard.notify()
-            if unwanted:
-                self.abandon(flight, Cancelled(f"the prefetch of {model!a} was cancelled", model=model))
-
-    def drop(self, model: str, reason: Reason) -> bool:
-        """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""
-        self.enter(f"{reason}({model!a})")
-        with self.guard:
-            self.residents.drain()
-            if reason is Reason.DELETE:
-                self.flights.forgive(model)
-            entry = self.residents.resident.get(model) or self.residents.doomed.get(model)
-            leaving = any(other.model == model for other in self.residents.leaving)
-            retired = entry is not None and self.residents.doom(entry, reason)
-        if entry is not None and retired:
-            self.unloader.carry_out([entry])
-        gone = not leaving and (entry is None or retired)
-        if reason is Reason.DELETE and entry is None:
-            gone = self.shelf.delete(model) and gone
-            with self.guard:
-                self.residents.forget(model)
-        self.finish()
-        self.pass_on()
-        return gone and not (reason is Reason.DELETE and self._on_disk(model))
-
-    def _on_disk(self, model: str) -> bool:
-        with self.guard:
-            return model in self.shelf.index.present()
 
     def _let_go(self, entry: Entry[T]) -> None:
         """Give back what an entry kept on disk, now that it has left memory."""

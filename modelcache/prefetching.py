@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 
 import attrs
 
-from modelcache.errors import CacheClosed, ModelCacheError
+from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
+from modelcache.ids import validate_id
 from modelcache.units import parse_seconds
 
 
@@ -22,6 +23,20 @@ class Progress:
     total: int
     ready: int
     failed: int
+
+
+def check_request(models: object, tier: object) -> list[str]:
+    """Return the ids to prefetch, each once.
+
+    Raises:
+        InvalidModelId: an id that could not name a model.
+        ConfigError: ``models`` is no list of ids, or ``tier`` no tier.
+    """
+    if isinstance(models, str | bytes) or not isinstance(models, Iterable):
+        raise ConfigError(f"prefetch takes a list of ids, not {models!r}", setting="models", value=models)
+    if not isinstance(tier, str) or tier not in {"memory", "disk"}:
+        raise ConfigError(f"tier={tier!r} must be 'memory' or 'disk'", setting="tier", value=tier)
+    return list(dict.fromkeys(validate_id(model) for model in models))
 
 
 class Prefetch:

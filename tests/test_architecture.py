@@ -43,6 +43,7 @@ ORDER = (
     "lifecycle",
     "machinery",
     "census",
+    "orders",
     "closing",
     "cache",
 )

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from modelcache.events import Reason
 from modelcache.identity import identity
 from modelcache.memory.entries import Entry, Lease
+from modelcache.memory.footprints import Footprints
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits
 from modelcache.policies import Policy, Resident
@@ -20,7 +21,6 @@ T = TypeVar("T")
 
 _USES = 2**17  # notes of use between two drains; beyond it the oldest are lost, and hit counts read low
 _TOLD = 10_000  # uses of one drain that the policy hears of; older ones only count
-_NOISE = 2**20  # bytes by which a process grows and shrinks on its own, so that less measures nothing
 
 
 class Residents(Generic[T]):
@@ -61,7 +61,7 @@ class Residents(Generic[T]):
         self.clock = 0
         self.churn = 0
         self._policy = policy
-        self._known: dict[str, tuple[int, int]] = {}  # model: footprint, hits; kept after it left
+        self.footprints = Footprints()
 
     def watch_hits(self, *, told: bool) -> None:
         """Tell each hit, or only note it."""
@@ -111,24 +111,10 @@ class Residents(Generic[T]):
         """Return the footprints of everything in memory, in bytes, unloading included."""
         return sum(entry.bytes for entry in [*self.entries(), *self.leaving])
 
-    def expected(self, model: str) -> int | None:
-        """Return the footprint that a model had when it was last in memory; None if it never was."""
-        known = self._known.get(model)
-        return known[0] if known else None
-
-    def forget(self, model: str) -> None:
-        """Drop what is remembered of a model that is in neither tier."""
-        self._known.pop(model, None)
-
-    def booked_hits(self, model: str) -> int:
-        """Return the hits of a model that is not in memory now, from earlier loads."""
-        known = self._known.get(model)
-        return known[1] if known else 0
-
     def insert(self, entry: Entry[T]) -> None:
         """Let lookups find a model that was just loaded."""
-        entry.hits += self.booked_hits(entry.model)
-        self._known[entry.model] = (entry.bytes, entry.hits)
+        entry.hits += self.footprints.hits(entry.model)
+        self.footprints.remember(entry.model, entry.bytes, entry.hits)
         self.resident[entry.model] = entry
         self._policy.admitted(Resident(entry.model, entry.bytes, entry.cost))
 
@@ -181,7 +167,7 @@ class Residents(Generic[T]):
             if known.get(entry.model) is entry:
                 del known[entry.model]
         self._policy.removed(entry.model)
-        self._known[entry.model] = (entry.bytes, entry.hits)
+        self.footprints.remember(entry.model, entry.bytes, entry.hits)
         self.leaving.add(entry)
         self.churn += 1
         return True
@@ -282,18 +268,6 @@ class Residents(Generic[T]):
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
         self.short = bool(self.line) or self.over or self.disk_over
-
-    @staticmethod
-    def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> int | None:
-        """Return the footprint of a load as measured, in bytes; None where it could not be.
-
-        A measurement below what the artifact (or the user) says does not count: a mapped model reads low until it
-        is used.
-        """
-        if not alone or before.reading is None or after.reading is None:
-            return None
-        grown = after.reading.used - before.reading.used
-        return max(grown, guess) if grown >= _NOISE else None
 
     def reset_after_fork(self, thread: object, unsettled: Iterable[Entry[T]]) -> list[Entry[T]]:
         """In a child: keep the models, and only the leases of the thread that forked; return the models.

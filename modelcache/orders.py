@@ -1,0 +1,89 @@
+"""What is ordered of a cache beside lookups: bring models in ahead of time, drop them from memory or from disk."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from modelcache.errors import CacheClosed
+from modelcache.events import Reason
+from modelcache.flights import Cancelled
+from modelcache.machinery import Machinery
+from modelcache.prefetching import Prefetch
+
+
+class Orders:
+    """Carries out ``prefetch``, ``unload`` and ``delete``.
+
+    Args:
+        parts: the cache's parts.
+    """
+
+    def __init__(self, parts: Machinery[Any]) -> None:
+        self._parts = parts
+
+    def bring(self, models: list[str], *, to_memory: bool) -> Prefetch:
+        """Begin to bring models in, and return the handle.
+
+        Raises:
+            CacheClosed: nothing was begun.
+        """
+        self._parts.enter("prefetch")
+        if self._parts.closed:
+            raise CacheClosed("the cache is closed: make a new ModelCache")
+        handle = Prefetch(models, self._drop_prefetch)
+        for model in models:
+            self._prefetch(model, handle, to_memory=to_memory)
+        return handle
+
+    def _prefetch(self, model: str, handle: Prefetch, *, to_memory: bool) -> None:
+        """Bring one model in for a prefetch, unless it is there already."""
+        with self._parts.guard:
+            there = model in self._parts.residents.resident or self._parts.residents.rescue(model) is not None
+            there = there or (not to_memory and model in self._parts.shelf.index.present())
+            failure = None if there else self._parts.flights.failure(model)
+            flight, new = None, False
+            if not there and failure is None:
+                flight, new = self._parts.flights.start(model, Reason.PREFETCH, to_memory=to_memory)
+                flight.watchers.add(handle)
+        if flight is None:
+            handle.finished(model, failure)
+        elif new:
+            self._parts.give_to_worker(flight, urgent=False)
+
+    def _drop_prefetch(self, handle: Prefetch, models: Iterable[str]) -> None:
+        """Stop the flights that only this prefetch wanted."""
+        for model in models:
+            with self._parts.guard:
+                flight = self._parts.flights.active.get(model)
+                if flight is None or handle not in flight.watchers:
+                    continue
+                flight.watchers.discard(handle)
+                unwanted = not flight.wanted()
+                flight.cancelled = flight.cancelled or unwanted
+                self._parts.guard.notify()
+            if unwanted:
+                self._parts.abandon(flight, Cancelled(f"the prefetch of {model!a} was cancelled", model=model))
+
+    def drop(self, model: str, reason: Reason) -> bool:
+        """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""
+        self._parts.enter(f"{reason}({model!a})")
+        with self._parts.guard:
+            self._parts.residents.drain()
+            if reason is Reason.DELETE:
+                self._parts.flights.forgive(model)
+            entry = self._parts.residents.resident.get(model) or self._parts.residents.doomed.get(model)
+            leaving = any(other.model == model for other in self._parts.residents.leaving)
+            retired = entry is not None and self._parts.residents.doom(entry, reason)
+        if entry is not None and retired:
+            self._parts.unloader.carry_out([entry])
+        gone = not leaving and (entry is None or retired)
+        if reason is Reason.DELETE and entry is None:
+            gone = self._parts.shelf.delete(model) and gone
+            with self._parts.guard:
+                self._parts.residents.footprints.forget(model)
+        self._parts.finish()
+        self._parts.pass_on()
+        return gone and not (reason is Reason.DELETE and self._on_disk(model))
+
+    def _on_disk(self, model: str) -> bool:
+        with self._parts.guard:
+            return model in self._parts.shelf.index.present()

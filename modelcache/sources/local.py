@@ -23,7 +23,7 @@ from modelcache.errors import (
     SourceUnavailable,
     UnsafeArtifact,
 )
-from modelcache.sources.base import Artifact, RemoteFile
+from modelcache.sources.base import Artifact, RemoteFile, Stream
 from modelcache.sources.keys import KeyRule, check_names, folder_version, is_archive
 from modelcache.sources.streams import ClosableStream
 
@@ -93,7 +93,7 @@ class LocalSource:
             tried=tuple(tried),
         )
 
-    def open(self, artifact: Artifact, file: RemoteFile) -> "LocalStream":
+    def open(self, artifact: Artifact, file: RemoteFile) -> Stream:
         """Return the bytes of one file, pinned to its version."""
         with self._mapped(artifact.model, Path(file.address), pinned=file.version):
             return LocalStream(artifact.model, self.url, file)

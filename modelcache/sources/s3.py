@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from modelcache.errors import ConfigError, ModelNotFound, SourceUnavailable, UnsafeArtifact
-from modelcache.sources.base import Artifact, RemoteFile
+from modelcache.sources.base import Artifact, RemoteFile, Stream
 from modelcache.sources.checksums import Known, told_by
 from modelcache.sources.keys import Key, KeyRule, ask, check_names, folder_version
 from modelcache.sources.s3_client import OPERATIONS, Clients, Extra
@@ -128,7 +128,7 @@ class S3Source:
             tried=tuple(tried),
         )
 
-    def open(self, artifact: Artifact, file: RemoteFile) -> S3Stream:
+    def open(self, artifact: Artifact, file: RemoteFile) -> Stream:
         """Return the bytes of one file, pinned to its version; the first read makes the first request."""
         key, _ = json.loads(file.address)
         place = Place(artifact.model, self.url, f"s3://{self._address.bucket}/{key}")

@@ -1,0 +1,1 @@
+"""The tests of modelcache, and what they need in common."""

@@ -43,7 +43,7 @@ stress: install ## the slow tests: minutes
 coverage: .venv/env.stamp ## test the tree and print the lines and branches that were missed
 	$(PY) -m pytest -m 'not slow' --cov --cov-report=term-missing $(ARGS)
 
-demo: install .venv/demo.stamp ## hundreds of models on one small machine, in a terminal
+demo: install .venv/demo.stamp ## 30 models, a server and its threshold, in a terminal
 	$(PY) docs/examples/demo/run.py $(ARGS)
 
 lint: .venv/env.stamp ## ruff, every rule

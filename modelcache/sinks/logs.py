@@ -32,7 +32,7 @@ def log(
 
     ::
 
-        # INFO modelcache: evicted 'fraud/v3' 1.2 GiB (memory): watermark, used 5.9 GiB + 1.0 GiB > 6.4 GiB
+        # INFO modelcache: evicted 'fraud/v3' 1.2 GiB (memory): watermark: used 5.9 GiB + 1.0 GiB for 'b' > 6.4 GiB
 
     The fields are ``event.to_dict()``, JSON-ready. A failed fetch, load or unload is logged as WARNING at least.
 

@@ -96,13 +96,13 @@ class ModelCache(Generic[T]):
         self.memory: MemoryTier = self._parts.memory
         self.disk: DiskTier = self._parts.disk
 
-    def get(self, model: str, *, timeout: float | None = DEFAULT) -> T:
+    def get(self, id: str, *, timeout: float | None = DEFAULT) -> T:
         """Return a model, fetched and loaded where it is not in memory.
 
         It is not pinned: the caller's reference keeps the object alive, but the cache may unload it meanwhile.
 
         Args:
-            model: its id.
+            id: the model's.
             timeout: seconds to wait in place of the cache's own; None: for ever. A warm hit does not look at it.
 
         Raises:
@@ -110,7 +110,7 @@ class ModelCache(Generic[T]):
             UnsafeArtifact, TooLarge, NoRoom, LoadFailed, CacheClosed, Timeout: see ``errors``.
         """
         try:
-            entry = self._gettable[model]
+            entry = self._gettable[id]
             value = entry.value
         except (KeyError, AttributeError, TypeError):  # not there; just unloaded; or not hashable
             pass
@@ -118,7 +118,7 @@ class ModelCache(Generic[T]):
             self._desk.note(entry)
             return value
         self._warn_of_get()
-        with self.lease(model, timeout=timeout) as value:
+        with self.lease(id, timeout=timeout) as value:
             return value
 
     def _warn_of_get(self) -> None:
@@ -127,24 +127,24 @@ class ModelCache(Generic[T]):
             self._gettable = self._resident
             _log.warning("get() beside unload=: a model may be unloaded while its caller still uses it; use lease()")
 
-    def lease(self, model: str, *, timeout: float | None = DEFAULT) -> Lease[T]:
+    def lease(self, id: str, *, timeout: float | None = DEFAULT) -> Lease[T]:
         """Return a one-shot lease on a model: acquired by ``with``, or by ``acquire()``.
 
         While it is held the model is neither evicted nor unloaded.
 
         Args:
-            model: its id.
+            id: the model's.
             timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
         """
         try:
-            entry = self._resident[model]
+            entry = self._resident[id]
         except (KeyError, TypeError):
             entry = None
         if entry is None:
-            validate_id(model)
+            validate_id(id)
         lease: Lease[T] = _new_lease(Lease)
         lease._entry = entry  # noqa: SLF001 - filled here, see Lease
-        lease.model = model
+        lease.model = id
         lease._desk = self._desk  # noqa: SLF001
         lease._timeout = timeout  # noqa: SLF001
         return lease
@@ -217,34 +217,34 @@ class ModelCache(Generic[T]):
                 asker.blocked_on = {ahead for ahead in asker.blocked_on if ahead is not flight and not ahead.landed}
             parts.guard.notify()
 
-    def prefetch(self, models: Iterable[str], tier: Literal["memory", "disk"] = "memory") -> Prefetch:
+    def prefetch(self, ids: Iterable[str], tier: Literal["memory", "disk"] = "memory") -> Prefetch:
         """Bring models in before anybody asks for them; return at once.
 
         Args:
-            models: their ids.
+            ids: the models'.
             tier: how far: ``"memory"``, or ``"disk"`` only.
 
         Raises:
             InvalidModelId, ConfigError, CacheClosed: nothing was begun. What fails later is in the handle's ``errors``.
         """
-        return self._orders.bring(check_request(models, tier), to_memory=tier == "memory")
+        return self._orders.bring(check_request(ids, tier), to_memory=tier == "memory")
 
-    def unload(self, model: str) -> bool:
+    def unload(self, id: str) -> bool:
         """Drop a model from memory, with its last lease where it is leased; its artifact stays on disk.
 
         Returns:
             Whether it is gone from memory; True for one that was not there. A lookup before the last lease
             ends takes the model back, and it stays.
         """
-        return self._orders.drop(validate_id(model), Reason.UNLOAD)
+        return self._orders.drop(validate_id(id), Reason.UNLOAD)
 
-    def delete(self, model: str) -> bool:
+    def delete(self, id: str) -> bool:
         """Drop a model from memory and from disk, with its last lease where it is leased.
 
         Returns:
             Whether it is gone from both; True for one that was not there.
         """
-        return self._orders.drop(validate_id(model), Reason.DELETE)
+        return self._orders.drop(validate_id(id), Reason.DELETE)
 
     def models(self) -> list[ModelInfo]:
         """Return a row for each model in a tier, sorted by id; looking is no use of a model."""
@@ -254,14 +254,14 @@ class ModelCache(Generic[T]):
         """Return the cache's figures up to this moment."""
         return census.stats(self._parts)
 
-    def history(self, model: str | None = None) -> list[Event]:
-        """Return the last 1,000 events, oldest first; only those about ``model`` where it is given.
+    def history(self, id: str | None = None) -> list[Event]:
+        """Return the last 1,000 events, oldest first; only those about the model ``id`` where it is given.
 
         ``Hit`` is among them only while somebody listens for it.
         """
-        if model is not None:
-            validate_id(model)
-        return [event for event in list(self._parts.teller.recent) if model in {None, event.model, event.for_model}]
+        if id is not None:
+            validate_id(id)
+        return [event for event in list(self._parts.teller.recent) if id in {None, event.model, event.for_model}]
 
     @overload
     def on(self, event: type[E], *, background: bool = False) -> Callable[[Callable[[E], Any]], Callable[[E], Any]]: ...

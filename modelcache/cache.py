@@ -30,7 +30,7 @@ from modelcache.orders import Orders
 from modelcache.prefetching import Prefetch, check_request
 from modelcache.reports import ModelInfo, Stats
 from modelcache.sources import Source
-from modelcache.units import parse_seconds
+from modelcache.units import parse_timeout
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
@@ -64,11 +64,9 @@ class ModelCache(Generic[T]):
     Concurrency: every method may be called from any thread. Callbacks, ``load``, ``unload`` and ``size_of`` run
     outside all locks and may call the cache. After a fork the child goes on with the models that were loaded,
     with threads of its own. Close it when done: ``with ModelCache(...) as cache`` or ``close()``.
-
-    Attributes:
-        memory: the memory tier; assign to its settings to retune it.
-        disk: the disk tier; likewise.
     """
+
+    __slots__ = ("__weakref__", "_desk", "_gettable", "_life", "_orders", "_parts", "_resident", "_timeout")
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class ModelCache(Generic[T]):
         timeout: float | None = 60.0,
         retry_after: float = 5.0,
     ) -> None:
-        self._timeout = _check_timeout(timeout)
+        self._timeout = parse_timeout(timeout)
         self._parts: Machinery[T] = Machinery(
             source, load, disk, memory, unload, size_of, loaders, retry_after, self._lookup
         )
@@ -93,8 +91,16 @@ class ModelCache(Generic[T]):
         self._orders = Orders(self._parts)
         self._life = Life(self._parts)
         lifecycle.enrol(self._life)
-        self.memory: MemoryTier = self._parts.memory
-        self.disk: DiskTier = self._parts.disk
+
+    @property
+    def memory(self) -> MemoryTier:
+        """The memory tier; assign to its settings to retune it."""
+        return self._parts.memory
+
+    @property
+    def disk(self) -> DiskTier:
+        """The disk tier; assign to its settings to retune it."""
+        return self._parts.disk
 
     def get(self, id: str, *, timeout: float | None = DEFAULT) -> T:
         """Return a model, fetched and loaded where it is not in memory.
@@ -152,7 +158,7 @@ class ModelCache(Generic[T]):
     def _lookup(self, lease: Lease[T]) -> T:
         """Acquire a lease whose model was not found by the warm path."""
         model = lease.model
-        timeout = self._timeout if lease.timeout is DEFAULT else _check_timeout(lease.timeout)
+        timeout = self._timeout if lease.timeout is DEFAULT else parse_timeout(lease.timeout)
         self._parts.enter(f"lookup of {model!a}")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
@@ -300,7 +306,7 @@ class ModelCache(Generic[T]):
         Returns:
             Whether all is gone. May be called again, from any thread, and from a signal handler.
         """
-        return self._life.close(_check_timeout(timeout))
+        return self._life.close(parse_timeout(timeout))
 
     def __enter__(self) -> Self:
         return self
@@ -313,7 +319,3 @@ class ModelCache(Generic[T]):
     def __repr__(self) -> str:
         """Say what it serves, from where."""
         return f"<ModelCache of {self._parts.source.url}, {len(self._desk.resident)} models in memory>"
-
-
-def _check_timeout(timeout: float | None) -> float | None:
-    return None if timeout is None else parse_seconds(timeout, "timeout", zero=True)

@@ -74,12 +74,13 @@ class Trip(Generic[T]):
         return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))
 
     def check(self) -> None:
-        """Raise Cancelled where the flight was told to stop."""
-        check_cancelled(self._flight)
+        """Raise Cancelled where the flight was told to stop, or nobody waits for it any more; the guard is held.
 
-    def wanted(self) -> bool:
-        """Whether somebody still waits for it; the guard is held."""
-        return self._flight.wanted()
+        Who joins it between this and its end starts another one, rather than get an error that was not his.
+        """
+        check_cancelled(self._flight)
+        if not self._flight.wanted():
+            raise Cancelled(f"nobody waits for {self._flight.model!a} any more", model=self._flight.model)
 
     def hopeless(self) -> bool:
         """Whether everybody who could give room waits for room too; the guard is held."""

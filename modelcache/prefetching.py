@@ -7,7 +7,7 @@ import attrs
 
 from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
 from modelcache.ids import validate_id
-from modelcache.units import parse_seconds
+from modelcache.units import parse_timeout
 
 
 @attrs.frozen
@@ -99,7 +99,7 @@ class Prefetch:
 
         Look at ``errors`` for what failed.
         """
-        limit = None if timeout is None else parse_seconds(timeout, "timeout", zero=True)
+        limit = parse_timeout(timeout)
         with self._lock:
             return self._changed.wait_for(lambda: not self._open, limit)
 

@@ -27,7 +27,7 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
 MAX_BYTES = 2**63 - 1
 """Largest size that is taken for one: what a file offset can hold."""
 _LONGEST = 40  # characters of a size or percentage
-_HOW = 'give an int of bytes or a string with a unit, like "20 GiB" or "512 MB"'
+_HOW = 'give an int of bytes, a string with a unit like "20 GiB", or (where a limit is known) a share like "80%"'
 
 
 @attrs.frozen
@@ -110,6 +110,15 @@ def parse_seconds(value: object, setting: str, *, zero: bool = False) -> float:
         least = "0 or more" if zero else "above 0"
         raise ConfigError(f"{setting}={value!r} must be {least} seconds", setting=setting, value=value)
     return float(min(value, TIMEOUT_MAX))
+
+
+def parse_timeout(value: object) -> float | None:
+    """Return a timeout in seconds, 0 allowed; None stays None: for ever.
+
+    Raises:
+        ConfigError: as ``parse_seconds``.
+    """
+    return None if value is None else parse_seconds(value, "timeout", zero=True)
 
 
 def _is_finite(value: float) -> bool:

@@ -32,7 +32,7 @@ class Wish(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise Cancelled where it was told to stop."""
+        """Raise Cancelled where it was told to stop, or nobody waits for it any more; the guard is held."""
         ...
 
     def refused(self, refusal: NoRoom | None) -> None:
@@ -41,10 +41,6 @@ class Wish(Protocol):
 
     def hopeless(self) -> bool:
         """Whether everybody who could give room waits for room too; the guard is held."""
-        ...
-
-    def wanted(self) -> bool:
-        """Whether somebody still waits for it; the guard is held."""
         ...
 
 

@@ -117,8 +117,8 @@ class DiskRoom:
         """Wait for something to change.
 
         Raises:
-            NoRoom: nothing will, or nobody waits any more.
-            Cancelled: it was told to stop.
+            NoRoom: nothing will.
+            Cancelled: it was told to stop, or nobody waits for it any more.
             Contention: two fetches hold what the other needs.
         """
         wish = staging.wish
@@ -136,7 +136,7 @@ class DiskRoom:
                 if staging.reserved and sharing and not moving:
                     raise Contention(staging.reserved + amount)
                 stays = moving or sharing or self._index.read_elsewhere()
-                if not wish.wanted() or (not stays and wish.hopeless()):
+                if not stays and wish.hopeless():
                     raise refusal
                 staging.waiting = True
                 self._guard.wait(RECHECK)

@@ -41,6 +41,8 @@ class DiskTier:
     go, and may, is gone. A tier serves one cache.
     """
 
+    __slots__ = ("_budget", "_changed", "_min_free", "_mode", "_policy", "_store")  # an assignment with a typo raises
+
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -51,7 +53,7 @@ class DiskTier:
     ) -> None:
         self._budget = _parse_budget(budget)
         self._min_free = parse_size(min_free, "min_free", zero=True)
-        self.policy = make_policy(policy, "policy")
+        self._policy = make_policy(policy, "policy")
         self._mode = _check_mode(mode)
         self._store: Store | None = None
         self._changed: Callable[[], None] | None = None
@@ -98,6 +100,11 @@ class DiskTier:
     def min_free(self, value: int | str) -> None:
         self._min_free = parse_size(value, "min_free", zero=True)
         self._tell()
+
+    @property
+    def policy(self) -> Policy:
+        """Who gives way first; fixed at construction."""
+        return self._policy
 
     def _bytes(self, size: Size) -> int:
         return size.of(self.store.total()) if isinstance(size, Percent) else size

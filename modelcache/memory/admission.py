@@ -40,11 +40,7 @@ class Applicant(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise Cancelled where it was told to stop."""
-        ...
-
-    def wanted(self) -> bool:
-        """Whether somebody still waits for it; the guard is held."""
+        """Raise Cancelled where it was told to stop, or nobody waits for it any more; the guard is held."""
         ...
 
     def hopeless(self) -> bool:
@@ -134,15 +130,15 @@ class Admission(Generic[T]):
         """Wait for something to change; the guard is held.
 
         Raises:
-            NoRoom: nothing will, nobody waits any more, or (``last``) evicting did not help twice over.
-            Cancelled: it was told to stop.
+            NoRoom: nothing will, or (``last``) evicting did not help twice over.
+            Cancelled: it was told to stop, or nobody waits for it any more.
         """
         applicant.state = "waiting for room"
         applicant.check()
         refusal = self._no_room(applicant.model, need, shortage)
         lost = not self._residents.idle() and not self._leaving(applicant) and applicant.hopeless()
         mine = turn or not applicant.threads().isdisjoint(self._residents.holding_threads())  # else the head decides
-        if last or not applicant.wanted() or (lost and mine):
+        if last or (lost and mine):
             raise refusal
         applicant.refused(refusal)
         self._guard.wait(self._tier.interval)

@@ -3,6 +3,7 @@
 What they decide, and which model gives way, is ``memory.residents``; how used memory is read is ``gauges``.
 """
 
+import logging
 from collections.abc import Callable
 
 import attrs
@@ -12,6 +13,7 @@ from modelcache.gauges import Gauge, ProcessGauge, Reading, SafeGauge
 from modelcache.policies import Policy, make_policy
 from modelcache.units import Percent, Size, parse_count, parse_seconds, parse_size
 
+_log = logging.getLogger("modelcache")
 _LOW_SHARE = 7 / 8  # of high, where low is not given
 
 
@@ -61,6 +63,8 @@ class MemoryTier:
     A tier serves one cache.
     """
 
+    __slots__ = ("_budget", "_changed", "_gauge", "_high", "_interval", "_low", "_max_models", "_policy")  # no typos
+
     def __init__(
         self,
         high: int | str = "80%",
@@ -71,12 +75,12 @@ class MemoryTier:
         gauge: Gauge | None = None,
         interval: float = 1.0,
     ) -> None:
-        self._high = parse_size(high, "high")
+        self._high = _parse_high(high)
         self._low = None if low is None else parse_size(low, "low")
         self._budget = None if budget is None else parse_size(budget, "budget")
         self._max_models = None if max_models is None else parse_count(max_models, "max_models")
-        self.policy = make_policy(policy, "policy")
-        self.interval = parse_seconds(interval, "interval")
+        self._policy = make_policy(policy, "policy")
+        self._interval = parse_seconds(interval, "interval")
         if gauge is not None and not isinstance(gauge, Gauge):
             raise ConfigError(
                 f"gauge={gauge!r} has no read(): give an object whose read() returns a gauges.Reading",
@@ -121,7 +125,7 @@ class MemoryTier:
 
     @high.setter
     def high(self, value: int | str) -> None:
-        high = parse_size(value, "high")
+        high = _parse_high(value)
         self._check_order(high, self._low)
         self._high = high
         self._tell()
@@ -158,6 +162,16 @@ class MemoryTier:
         self._max_models = None if value is None else parse_count(value, "max_models")
         self._tell()
 
+    @property
+    def policy(self) -> Policy:
+        """Who gives way first; fixed at construction."""
+        return self._policy
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two looks of the monitor; fixed at construction."""
+        return self._interval
+
     def _tell(self) -> None:
         if self._changed is not None:
             self._changed()
@@ -174,6 +188,13 @@ class MemoryTier:
             changed: called after each assignment, without any lock held.
         """
         self._changed = changed
+
+
+def _parse_high(value: int | str) -> Size:
+    high = parse_size(value, "high")
+    if isinstance(high, int) and high <= 100:  # noqa: PLR2004 - percent
+        _log.warning('high=%s is %s bytes, so that no model fits: was "%s%%" meant?', high, high, high)
+    return high
 
 
 def _in_bytes(size: Size, limit: int) -> int:

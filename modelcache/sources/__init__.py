@@ -1,6 +1,7 @@
 """Where artifacts come from: ``S3Source``, ``LocalSource``, or anything that is a ``Source``."""
 
 import os
+import re
 
 from modelcache.errors import ConfigError
 from modelcache.sources.base import Artifact, RemoteFile, Source, Stream
@@ -8,6 +9,8 @@ from modelcache.sources.local import LocalSource
 from modelcache.sources.s3 import S3Source
 
 __all__ = ["Artifact", "LocalSource", "RemoteFile", "S3Source", "Source", "Stream", "source_from"]
+
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def source_from(value: object) -> Source:
@@ -19,6 +22,10 @@ def source_from(value: object) -> Source:
     Raises:
         ConfigError: anything else.
     """
+    if isinstance(value, str) and _ONE_SLASH.match(value):
+        raise ConfigError(
+            f"source={value!r:.200}: a URL has two slashes after its colon", setting="source", value=value
+        )
     if isinstance(value, str):
         return S3Source(value) if value.lower().startswith(("s3://", "http://", "https://")) else LocalSource(value)
     if isinstance(value, os.PathLike):

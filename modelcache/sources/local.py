@@ -6,6 +6,7 @@ The rules by which an id becomes a name are in ``keys``, the same as for S3. Cop
 
 import errno
 import io
+import logging
 import os
 import re
 import stat
@@ -27,6 +28,7 @@ from modelcache.sources.base import Artifact, RemoteFile, Stream
 from modelcache.sources.keys import KeyRule, check_names, folder_version, is_archive
 from modelcache.sources.streams import ClosableStream
 
+_log = logging.getLogger("modelcache")
 CHUNK = 1024 * 1024
 """Most bytes read at once."""
 
@@ -234,6 +236,8 @@ def _absolute(folder: object) -> Path:
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 - links stay: they may be switched to a new release
     if absolute.is_file():
         raise ConfigError(f"folder={str(absolute)!r} is a file; give the folder it lies in", setting="folder")
+    if not absolute.exists():  # a network mount may come later
+        _log.warning("folder %s is not there (yet): until it is, every model is unavailable", absolute)
     return absolute
 
 

@@ -116,7 +116,7 @@ def _watch_load(watch: Watch, load: Load, seconds: float) -> None:
                 shown = time.monotonic()
                 for line, style in _lines(fresh):
                     text = f"{shown - began:5.1f} s  {line}"
-                    console.print(text, style=style, markup=False, overflow="ellipsis", no_wrap=True)
+                    console.print(text, style=style, markup=False, soft_wrap=True)
                 fresh.clear()
 
         watch.look_for(seconds, show)

@@ -317,5 +317,4 @@ class ModelCache(Generic[T]):
         self.close()
 
     def __repr__(self) -> str:
-        """Say what it serves, from where."""
         return f"<ModelCache of {self._parts.source.url}, {len(self._desk.resident)} models in memory>"

@@ -177,7 +177,8 @@ class Reclaimed(Event):
 
     def _details(self) -> list[str]:
         promised, freed = format_bytes(self.promised), format_bytes(self.freed)
-        return [f"{self.models} models promised {promised}, {freed} came back", self._figures()]
+        lost = " (others grew meanwhile, or somebody still holds them)" if self.freed * 2 < self.promised else ""
+        return [f"models={self.models} promised {promised}, {freed} came back{lost}", self._figures()]
 
 
 @attrs.frozen(kw_only=True, str=False)
@@ -192,7 +193,7 @@ class Missed(Event):
 
 @attrs.frozen(kw_only=True, str=False)
 class Failed(Event):
-    """A fetch or load ended in an error; waiters got it, and it is remembered for ``retry_after``.
+    """A fetch or load ended in an error, which all waiters got; most are remembered for ``retry_after``.
 
     Attributes:
         error: class name of the error.

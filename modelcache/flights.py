@@ -10,7 +10,7 @@ import time
 import traceback
 from typing import Any, Generic, Protocol, TypeVar
 
-from modelcache.errors import CacheClosed, InvalidModelId, LoadFailed, ModelCacheError, NoRoom, Timeout
+from modelcache.errors import CacheClosed, InvalidModelId, LoadFailed, ModelCacheError, NoRoom, Timeout, TooLarge
 from modelcache.events import Reason
 from modelcache.guard import Guard
 from modelcache.identity import identity
@@ -141,6 +141,12 @@ class Flights(Generic[T]):
     def forgive(self, model: str) -> None:
         """Forget a failure, so that the next lookup tries anew."""
         self._failures.pop(model, None)
+
+    def forgive_too_large(self) -> None:
+        """Forget which models were too large, now that a limit has changed."""
+        for model, (error, _) in list(self._failures.items()):
+            if isinstance(error, TooLarge):
+                del self._failures[model]
 
     def start(
         self, model: str, reason: Reason, *, to_memory: bool, parent: Flight[T] | None = None

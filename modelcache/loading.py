@@ -5,6 +5,7 @@ be there. Who waits for a flight is ``flights``, who runs it ``workers``; the fi
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,15 +145,16 @@ class Loader(Generic[T]):
         trip = Trip(flight, self.flights, self.residents)
         before, churn = self.admission.admit(trip, flight, need)
         flight.state = "loading"
+        modules = len(sys.modules)  # what a loader imports is the process's, not the model's
         started = time.monotonic()
         value = self._call(flight.model, found.path)
         duration = time.monotonic() - started
         after = self._read_after(before, need)
         with self.guard:
-            alone = churn == self.residents.churn and len(self.residents.reserved) == 1
+            alone = churn == self.residents.churn and len(self.residents.reserved) == 1 and modules == len(sys.modules)
             found_out = measured(guess, before, after, alone=alone)
             size = need if found_out is None else found_out
-            sure = given or found_out is not None or need != guess
+            sure = given or found_out is not None
             keeps = found if isinstance(found, Held) else None
             entry = Entry(self.residents, flight.model, value, size, duration, sure=sure, keeps=keeps)
             del value
@@ -221,7 +223,9 @@ class Loader(Generic[T]):
         except BaseException as error:  # SystemExit too: a loader does not end the server
             clear_frames(error)
             raise LoadFailed(
-                f"load of model {model!a} from {path} raised {type(error).__name__}: {error}", model=model
+                f"load of model {model!a} from {path} raised {type(error).__name__}: {error}; if the artifact is "
+                f"broken, repair it at the source, then delete({model!a}) so that it is fetched anew",
+                model=model,
             ) from error
         if value is None:
             raise LoadFailed(

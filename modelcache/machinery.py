@@ -185,11 +185,15 @@ class Machinery(Generic[T]):
 
     def _retuned(self) -> None:
         self.enter("an assignment to a memory limit")
+        with self.guard:
+            self.flights.forgive_too_large()
         self.room.enforce()
         self.pass_on()
 
     def _disk_retuned(self) -> None:
         self.enter("an assignment to a disk limit")
+        with self.guard:
+            self.flights.forgive_too_large()
         self.disk_room.shrink()
         self.finish()
         self.pass_on()

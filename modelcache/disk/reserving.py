@@ -148,11 +148,14 @@ class DiskRoom:
         model, figures = staging.wish.model, shortage.figures
         holders = self._upstairs.holders(self._index.pinned())
         held = ", ".join(f"{held!a} ({leases} leases, {age:.1f} s)" for held, leases, age in holders)
+        by_budget = shortage.reason is Reason.DISK_BUDGET
+        where = "in" if by_budget else "on the file system of"
+        advice = "raise disk.budget" if by_budget else "free the disk, or lower disk.min_free"
         return NoRoom(
             f"no room on disk for {model!a}: it needs {format_bytes(amount)} more, {shortage.reason} allows "
-            f"{format_bytes(figures['high'])} and {format_bytes(figures['used'])} are taken in {self._store.path}"
+            f"{format_bytes(figures['high'])} and {format_bytes(figures['used'])} are taken {where} {self._store.path}"
             + (f", held by leases on {held}" if held else "")
-            + ": raise disk.budget, lower disk.min_free, or free the disk",
+            + f": {advice}",
             model=model,
             tier="disk",
             need=amount,

@@ -149,13 +149,18 @@ class Admission(Generic[T]):
         held = ", ".join(f"{model!a} ({leases} leases, {age:.1f} s)" for model, leases, age in holders)
         figures = shortage.figures
         show = str if shortage.reason is Reason.MAX_MODELS else format_bytes
-        ours = self._residents.tracked()
-        where = f"leases hold {held}" if held else f"nothing can be evicted ({format_bytes(ours)} are models)"
-        where = "others wait for room before it" if shortage.fits else where
+        setting = f"memory.{_SETTING[shortage.reason]}"
+        if shortage.fits:
+            why = "others wait for room before it: ask again"
+        elif held:
+            why = f"leases hold {held}: release leases, or raise {setting}"
+        elif self._residents.tracked():
+            why = f"evicting did not help: free memory elsewhere in this process, or raise {setting}"
+        else:
+            why = f"that is the process without any model: raise {setting} well above it"
         return NoRoom(
-            f"no room in memory for {model!a}: it needs {format_bytes(need)}, {shortage.reason} allows "
-            f"{show(figures['high'])} and {show(figures['used'])} are used; {where}: release leases, "
-            f"or raise memory.{_SETTING[shortage.reason]}",
+            f"no room in memory for {model!a}: it needs {format_bytes(need)}, {setting} allows "
+            f"{show(figures['high'])} and {show(figures['used'])} are used; {why}",
             model=model,
             tier="memory",
             need=need,

@@ -37,10 +37,16 @@ class Footprints:
 def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> int | None:
     """Return the footprint of a load as measured, in bytes; None where it could not be.
 
-    A measurement below what the artifact (or the user) says does not count: a mapped model reads low until it
-    is used.
+    A measurement below what the artifact (or the user) says does not lower it: a mapped model reads low until it
+    is used; growth below ``_NOISE`` says only that the model is small.
+
+    Args:
+        guess: bytes as the artifact, or the user, says.
+        before: a reading before the load.
+        after: a reading after it.
+        alone: whether nothing else was loaded, unloaded or imported meanwhile.
     """
     if not alone or before.reading is None or after.reading is None:
         return None
     grown = after.reading.used - before.reading.used
-    return max(grown, guess) if grown >= _NOISE else None
+    return max(grown, guess) if grown >= _NOISE else guess

@@ -11,7 +11,7 @@ import attrs
 from modelcache.errors import ConfigError
 from modelcache.gauges import Gauge, ProcessGauge, Reading, SafeGauge
 from modelcache.policies import Policy, make_policy
-from modelcache.units import Percent, Size, parse_count, parse_seconds, parse_size
+from modelcache.units import Percent, Size, format_bytes, parse_count, parse_seconds, parse_size
 
 _log = logging.getLogger("modelcache")
 _LOW_SHARE = 7 / 8  # of high, where low is not given
@@ -104,7 +104,7 @@ class MemoryTier:
             wrong = low > high
         if wrong:
             raise ConfigError(
-                f"low={low} is above high={high}: give a low of at most high, or None for 7/8 of it",
+                f"low={_shown(low)} is above high={_shown(high)}: give a low of at most high, or None for 7/8 of it",
                 setting="low",
                 value=str(low),
             )
@@ -195,6 +195,10 @@ def _parse_high(value: int | str) -> Size:
     if isinstance(high, int) and high <= 100:  # noqa: PLR2004 - percent
         _log.warning('high=%s is %s bytes, so that no model fits: was "%s%%" meant?', high, high, high)
     return high
+
+
+def _shown(size: Size) -> str:
+    return str(size) if isinstance(size, Percent) else format_bytes(size)
 
 
 def _in_bytes(size: Size, limit: int) -> int:

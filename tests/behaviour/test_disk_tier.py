@@ -1,5 +1,6 @@
 """The disk tier through a cache: its budget, its order, its folder, and what it finds again after a restart."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -54,14 +55,15 @@ def evictions(cache: ModelCache[Any]) -> list[tuple[str | None, str | None]]:
 
 def everything(disk: Path) -> int:
     """Return the bytes allocated for all that is published or staged, or being removed, right now."""
-    total = 0
-    for folder in [*(disk / "models").glob("*"), *(disk / "tmp").glob("*/*")]:
-        for path in (folder, *folder.rglob("*")):
-            try:
-                total += path.lstat().st_blocks * 512
-            except FileNotFoundError:  # it is being removed as we look
-                continue
-    return total
+    found: dict[int, int] = {}  # by inode: what is moved as we look is seen in both places
+    for place, _, files in os.walk(disk):  # passes over what is removed as we look
+        if Path(place) in {disk, disk / "models", disk / "tmp"} or Path(place).parent == disk / "tmp":
+            continue
+        for path in (place, *(os.path.join(place, name) for name in files)):  # noqa: PTH118 - many, fast
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(path)
+                found[status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
 
 
 # Budget

@@ -63,7 +63,7 @@ def _figures(one: Phase) -> dict[str, str]:
         "models loaded": f"{one.last.loads - one.first.loads:,}",
         "models evicted": f"{one.last.evictions - one.first.evictions:,}",
         "hit: median, p99": _latency(hits),
-        "miss: median, p99": _latency(misses),
+        "miss: median, p99 (how many)": f"{_latency(misses)} ({len(misses):,})",
         "time spent waiting for models": f"{waited / total if total else 0:.1%}",
         "memory used / threshold": f"{one.last.used / MIB:.0f} / {one.last.high / MIB:.0f} MiB",
     }

@@ -167,7 +167,8 @@ class ModelCache(Generic[T]):
                 if flight is None:
                     break
                 self._parts.start(flight, new=new)
-                arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+                end = flight.done if self._parts.flights.running() is None else flight.landing
+                arrived = end.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
                 self._disembark(model, lease)
                 if lease.held is not None:
                     break

@@ -7,6 +7,7 @@ from typing import Any
 from modelcache import lifecycle
 from modelcache.errors import CacheClosed
 from modelcache.events import Reason
+from modelcache.flights import Flight
 from modelcache.identity import identity
 from modelcache.machinery import Machinery
 
@@ -40,8 +41,17 @@ class Life:
             threading.Thread(target=self.close, args=(timeout,), name="modelcache-close").start()
             self._parts.closed = True
             return False
+        self._parts.settle()
+        with self._parts.guard:
+            self._parts.flights.closers.add(identity.token)
+        try:
+            return self._close(timeout)
+        finally:
+            with self._parts.guard:
+                self._parts.flights.closers.discard(identity.token)
+
+    def _close(self, timeout: float | None) -> bool:
         parts = self._parts
-        parts.settle()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._refuse_newcomers()
         self._stop_flights_nobody_waits_for()
@@ -82,11 +92,11 @@ class Life:
 
     def _await_flights(self, deadline: float | None) -> None:
         """Wait for flights, and for unloads on other threads; flights that outlast the deadline are told to stop."""
-        parts, me = self._parts, identity.token
+        parts, closers = self._parts, self._parts.flights.closers
         with parts.guard:
             while True:
-                busy = [flight for flight in parts.flights.active.values() if flight.thread != me]
-                if not busy and all(entry.retirer == me for entry in parts.residents.leaving):
+                busy = [flight for flight in parts.flights.active.values() if not _only_waits_for(flight, closers)]
+                if not busy and all(entry.retirer in closers for entry in parts.residents.leaving):
                     return
                 left = 1.0 if deadline is None else deadline - time.monotonic()
                 if left <= 0:
@@ -94,3 +104,8 @@ class Life:
                         flight.cancelled = True
                     return
                 parts.guard.wait(min(left, 1.0))
+
+
+def _only_waits_for(flight: Flight[Any], closers: set[object]) -> bool:
+    """Whether a flight can't go on before a thread that closes the cache does: it runs it, or has yet to start it."""
+    return flight.thread in closers or (not flight.claimed and closers.issuperset(flight.waiters.values()))

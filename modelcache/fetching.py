@@ -69,6 +69,10 @@ class Trip(Generic[T]):
         return self._flight.parent is not None
 
     def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it, or for room as it does; the guard is held."""
+        return self._flights.waiting(self._flight)
+
+    def own_threads(self) -> set[object]:
         """Return the identities of the threads that wait for it, and that run it; the guard is held."""
         chain = {self._flight, *self._flight.ancestors()}
         return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))

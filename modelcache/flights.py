@@ -33,6 +33,10 @@ class Watcher(Protocol):
         """Hear how it ended; called outside the guard."""
         ...
 
+    def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it."""
+        ...
+
     def reset_after_fork(self) -> None:
         """Hear, in a child, that it will not end here."""
         ...
@@ -50,7 +54,9 @@ class Flight(Generic[T]):
         watchers: prefetches that want it.
         blocked_on: flights whose end its loader waits for.
         parent: the flight whose loader asked for it and runs it on its own thread.
-        entry: what it brought into memory; error: how it failed. One is set once ``done``.
+        entry: what it brought into memory; error: how it failed.
+        landing: set once one of these is there; loaders that wait for a part go on from here.
+        done: set once that was told; everybody else goes on from here, so that callbacks come first.
         refusal: what stands in the way while it waits for room.
         cancelled: told to stop as soon as it can.
         thread: identity of the thread that runs it.
@@ -72,6 +78,7 @@ class Flight(Generic[T]):
         self.refusal: NoRoom | None = None
         self.cancelled = False
         self.thread: object = None
+        self.landing = threading.Event()
         self.done = threading.Event()
 
     def wanted(self) -> bool:
@@ -125,6 +132,7 @@ class Flights(Generic[T]):
         self._loaders = loaders
         self._retry_after = retry_after
         self.active: dict[str, Flight[T]] = {}
+        self.closers: set[object] = set()  # identities of the threads that are closing the cache
         self._failures: dict[str, tuple[ModelCacheError, float]] = {}
 
     def failure(self, model: str) -> ModelCacheError | None:
@@ -216,9 +224,16 @@ class Flights(Generic[T]):
 
     def _end(self, flight: Flight[T]) -> None:
         flight.state = "done"
+        flight.landing.set()
         if self.active.get(flight.model) is flight:
             del self.active[flight.model]
         self._guard.notify()
+
+    def waiting(self, flight: Flight[T]) -> set[object]:
+        """Return the identities of the threads that wait for a flight, or for another one that waits for room."""
+        chain = {flight, *flight.ancestors()}
+        chain.update(other for other in self.active.values() if other.state == "waiting for room")
+        return {one.thread for one in chain}.union(*(one.waiters.values() for one in chain), self.closers)
 
     def hopeless(self, flight: Flight[T], holders: set[object]) -> bool:
         """Whether nobody who could give room to ``flight`` will: all wait for room, or for it, themselves.
@@ -234,10 +249,11 @@ class Flights(Generic[T]):
             queued = not other.claimed and running >= self._loaders
             if not (queued or other.state == "waiting for room" or other.blocked_on):
                 return False
-        waiting: set[object] = set()
+        waiting: set[object] = set(self.closers)
         for stuck in [*mine, *others]:
             waiting.add(stuck.thread)
             waiting.update(stuck.waiters.values())
+            waiting.update(*(watcher.threads() for watcher in stuck.watchers))
         return holders <= waiting
 
     def reset_after_fork(self) -> None:
@@ -245,10 +261,13 @@ class Flights(Generic[T]):
         for watcher in {watcher for flight in self.active.values() for watcher in flight.watchers}:
             watcher.reset_after_fork()
         self.active = {}
+        self.closers = set()
 
 
 def announce(flight: Flight[Any]) -> None:
     """Wake everybody who waits for a flight that is over; called outside the guard."""
+    if flight.done.is_set():
+        return
     flight.done.set()
     for watcher in list(flight.watchers):
         watcher.finished(flight.model, flight.error)

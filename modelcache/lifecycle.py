@@ -6,6 +6,7 @@ reset: no I/O but closing inherited descriptors, no logging, no other lock.
 """
 
 import atexit
+import contextlib
 import os
 import threading
 from typing import Protocol
@@ -65,13 +66,18 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     for cache in _forking.caches:
-        cache.after_fork_in_child()
+        with contextlib.suppress(Exception):  # others must not be left with a guard that nobody releases
+            cache.after_fork_in_child()
     _forking.caches = []
 
 
 def _at_exit() -> None:
     for cache in list(_living):
-        if not cache.close(_AT_EXIT):
+        try:
+            gone = cache.close(_AT_EXIT)
+        except BaseException:  # noqa: BLE001 - the interpreter ends anyway, and other caches are to be closed
+            gone = False
+        if not gone:
             cache.abandon()
 
 

@@ -4,7 +4,6 @@ The order matters: fetch first, make room last, so that nothing is evicted for a
 be there. Who waits for a flight is ``flights``, who runs it ``workers``; the first half is ``fetching``.
 """
 
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -27,11 +26,10 @@ from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
-from modelcache.telling import Teller
+from modelcache.telling import Teller, complain, text_of
 
 T = TypeVar("T")
 
-_log = logging.getLogger("modelcache")
 _GARBAGE = 4 * 2**20  # bytes above the expected footprint from which on a load's garbage is given back first
 _PASSED_ON = (NoRoom, Timeout, CacheClosed)  # what a loader's part met is as true of the whole
 
@@ -86,21 +84,28 @@ class Loader(Generic[T]):
         try:
             self._fly(flight)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
-            self.fail(flight, self._typed(flight, error))
+            if flight.landed:  # what comes after the landing is not the waiters' business
+                complain("after model %a had landed", flight.model, error=error)
+            else:
+                self.fail(flight, self._typed(flight, error))
         finally:
+            if flight.landed:
+                announce(flight)
             current.reset(token)
 
     def fail(self, flight: Flight[T], error: ModelCacheError) -> None:
         """End a flight in an error: remembered, told, and given to all who wait."""
-        clear_frames(error)
-        told = not isinstance(error, Cancelled | CacheClosed)
-        with self.guard:
-            self.residents.reserved.pop(flight, None)
-            self.fetcher.counters.failures += told
-            self.flights.fail(flight, error)
-        if told:
-            self.teller.tell([self._failed(flight, error)])
-        announce(flight)
+        try:
+            clear_frames(error)
+            told = not isinstance(error, Cancelled | CacheClosed)
+            with self.guard:
+                self.residents.reserved.pop(flight, None)
+                self.fetcher.counters.failures += told
+                self.flights.fail(flight, error)
+            if told:
+                self.teller.tell([self._failed(flight, error)])
+        finally:
+            announce(flight)
 
     def _failed(self, flight: Flight[T], error: ModelCacheError) -> Failed:
         return Failed(
@@ -109,13 +114,13 @@ class Loader(Generic[T]):
             model=flight.model,
             reason=flight.reason,
             error=type(error).__name__,
-            message=str(error),
+            message=text_of(error),
         )
 
     def _typed(self, flight: Flight[T], error: BaseException) -> ModelCacheError:
         if isinstance(error, ModelCacheError):
             return error
-        _log.error("unexpected error while %a was %s", flight.model, flight.state, exc_info=error)
+        complain("unexpected error while %a was %s", flight.model, flight.state, error=error)
         failure = LoadFailed(
             f"model {flight.model!a} could not be brought in while {flight.state}: {type(error).__name__}: {error}",
             model=flight.model,
@@ -125,19 +130,21 @@ class Loader(Generic[T]):
 
     def _fly(self, flight: Flight[T]) -> None:
         found = self.fetcher.find(flight)
+        kept = False
         try:
             with self.guard:
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:
-                found = self._bring_into_memory(flight, found)
+                entry, after = self._bring_into_memory(flight, found)
+                kept = True
+                self._after_landing(flight, entry, after)
         finally:
-            if isinstance(found, Held):
+            if isinstance(found, Held) and not (kept or flight.entry is not None):
                 self.shelf.release(found)
-        announce(flight)
 
-    def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> InPlace | Held:
-        """Make room, load and land; return what is still to be released: nothing, once the entry keeps it."""
+    def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:
+        """Make room, load and land; from then on the entry keeps what was found."""
         guess, given = self._guess(flight.model, found)
         with self.guard:
             need = self.residents.footprints.expected(flight.model) or guess
@@ -154,8 +161,8 @@ class Loader(Generic[T]):
             alone = churn == self.residents.churn and len(self.residents.reserved) == 1 and modules == len(sys.modules)
             found_out = measured(guess, before, after, alone=alone)
             size = need if found_out is None else found_out
-            sure = given or found_out is not None
             keeps = found if isinstance(found, Held) else None
+            sure = given or found_out is not None
             entry = Entry(self.residents, flight.model, value, size, duration, sure=sure, keeps=keeps)
             del value
             del self.residents.reserved[flight]
@@ -164,14 +171,20 @@ class Loader(Generic[T]):
             self.flights.land(flight, entry)
             self.fetcher.counters.loads += 1
             self.fetcher.counters.load_seconds += duration
-            late = self.closed() and self.residents.doom(entry, Reason.CLOSE)
+            if self.closed():
+                self.residents.condemn(entry, Reason.CLOSE)
+        return entry, after
+
+    def _after_landing(self, flight: Flight[T], entry: Entry[T], after: Limits) -> None:
+        """Tell, and look at what the landing makes due."""
         self.landed()
-        self.teller.tell([self._loaded(flight, size, duration, after)])
+        self.teller.tell([self._loaded(flight, entry.bytes, entry.cost, after)])
         if self.residents.over:
             self.room.enforce()
+        with self.guard:
+            late = entry.doomed is Reason.CLOSE and self.residents.retire(entry, Reason.CLOSE)
         if late:
             self.unloader.carry_out([entry])
-        return InPlace(found.path, found.size)
 
     def _loaded(self, flight: Flight[T], size: int, duration: float, after: Limits) -> Loaded:
         return Loaded(
@@ -190,7 +203,11 @@ class Loader(Generic[T]):
 
     def _read_after(self, before: Limits, need: int) -> Limits:
         """Read the gauge after a load, without the load's own garbage where it left more than was expected."""
-        after = self.tier.limits()
+        try:
+            after = self.tier.limits()
+        except BaseException as error:  # noqa: BLE001 - a gauge must not cost the model that was just loaded
+            complain("the gauge raised after a load", error=error)
+            return before
         if before.reading and after.reading and after.reading.used - before.reading.used > need + _GARBAGE:
             heap.give_back()
             after = self.tier.limits()
@@ -204,7 +221,7 @@ class Loader(Generic[T]):
             size = self.size_of(model, found.path)
         except BaseException as error:
             raise LoadFailed(
-                f"size_of of model {model!a} raised {type(error).__name__}: {error}", model=model
+                f"size_of of model {model!a} raised {type(error).__name__}: {text_of(error)}", model=model
             ) from error
         given: object = size  # whatever its annotation says
         if not isinstance(given, int) or isinstance(given, bool) or given < 0:
@@ -223,8 +240,8 @@ class Loader(Generic[T]):
         except BaseException as error:  # SystemExit too: a loader does not end the server
             clear_frames(error)
             raise LoadFailed(
-                f"load of model {model!a} from {path} raised {type(error).__name__}: {error}; if the artifact is "
-                f"broken, repair it at the source, then delete({model!a}) so that it is fetched anew",
+                f"load of model {model!a} from {path} raised {type(error).__name__}: {text_of(error)}; if the artifact "
+                f"is broken, repair it at the source, then delete({model!a}) so that it is fetched anew",
                 model=model,
             ) from error
         if value is None:

@@ -112,7 +112,10 @@ class Machinery(Generic[T]):
     def _report_policies(self) -> None:
         for policy in (self.memory.policy, self.disk.policy):
             if isinstance(policy, Guarded):
-                policy.report()
+                try:
+                    policy.report()
+                except (KeyboardInterrupt, SystemExit) as stop:
+                    self.teller.keep(stop)
 
     def watch_hits(self) -> None:
         """Have hits told from now on where somebody listens, and only noted where nobody does."""
@@ -237,13 +240,13 @@ class Machinery(Generic[T]):
         with self.guard:
             entries, self._inherited = self._inherited or [], None
             self.residents.restore(entries)
+        if entries and not self.closed:
+            self.monitor.start()
         for entry in entries:
             if isinstance(entry.keeps, Held):
                 self.shelf.adopt(entry.keeps)
             if entry.doomed is not None:
                 self.room.release(entry)
-        if entries and not self.closed:
-            self.monitor.start()
 
 
 class _Upstairs:

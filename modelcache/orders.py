@@ -29,7 +29,7 @@ class Orders:
         self._parts.enter("prefetch")
         if self._parts.closed:
             raise CacheClosed("the cache is closed: make a new ModelCache")
-        handle = Prefetch(models, self._drop_prefetch)
+        handle = Prefetch(models, self._drop_prefetch, self._help)
         for model in models:
             self._prefetch(model, handle, to_memory=to_memory)
         return handle
@@ -46,8 +46,22 @@ class Orders:
                 flight.watchers.add(handle)
         if flight is None:
             handle.finished(model, failure)
-        elif new:
+        elif new or not flight.claimed:
             self._parts.give_to_worker(flight, urgent=False)
+
+    def _help(self, handle: Prefetch, models: Iterable[str]) -> None:
+        """Before a wait: run its flights here where this is a thread of the cache, which must not wait for others."""
+        parts = self._parts
+        asker = parts.flights.running()
+        for model in models:
+            with parts.guard:
+                flight = parts.flights.active.get(model)
+                circle = parts.flights.circle(flight, asker) if flight is not None and asker is not None else None
+                parts.guard.notify()  # whoever waits for room learns that one more thread waits
+            if circle is not None:
+                handle.finished(model, circle)
+            elif flight is not None and (asker is not None or parts.workers.own()):
+                parts.loader.run(flight)
 
     def _drop_prefetch(self, handle: Prefetch, models: Iterable[str]) -> None:
         """Stop the flights that only this prefetch wanted."""

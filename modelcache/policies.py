@@ -129,7 +129,7 @@ _BUILT_IN: dict[str, Callable[[], Ranked]] = {
 class Guarded:
     """A user's policy, kept from doing harm: whatever it does, eviction can go on.
 
-    What it raises (KeyboardInterrupt and SystemExit pass) is counted, and told by :meth:`report`. Ids from its
+    What it raises is counted, and told by :meth:`report`, which raises interrupts again. Ids from its
     ``victims`` that are unknown, not evictable or there twice are passed over. Evictable ids that it does not
     give, for whatever reason, follow in LRU order.
 
@@ -149,6 +149,7 @@ class Guarded:
         self._order = _BUILT_IN["lru"]()
         self._known: set[tuple[str, type[BaseException]]] = set()
         self._untold: deque[tuple[str, BaseException]] = deque()
+        self._stop: BaseException | None = None
 
     def requested(self, model: str, clock: int) -> None:
         """Tell the policy."""
@@ -179,12 +180,15 @@ class Guarded:
                 method, error = self._untold.popleft()
                 name = f"{type(self.policy).__qualname__}.{method}"
                 _log.error("policy %s raised; LRU order fills the gap", name, exc_info=error)
+        stop, self._stop = self._stop, None
+        if stop is not None:
+            raise stop
 
     def _tell(self, method: str, *args: object) -> None:
         try:
             getattr(self.policy, method)(*args)
-        except (KeyboardInterrupt, SystemExit):
-            raise
+        except (KeyboardInterrupt, SystemExit) as stop:  # not here, in the middle of a decision: see report
+            self._stop = self._stop or stop
         except BaseException as error:  # noqa: BLE001 - whatever a stranger's code raises ends here
             self._note(method, error)
 
@@ -215,8 +219,10 @@ class Guarded:
     def _answer(self, need: int, evictable: frozenset[str]) -> Iterator[object]:
         try:
             yield from self.policy.victims(need, evictable)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        except GeneratorExit:
             raise
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self._stop = self._stop or stop
         except BaseException as error:  # noqa: BLE001 - whatever a stranger's code raises ends here
             self._note("victims", error)
 

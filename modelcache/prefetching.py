@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
+from modelcache.identity import identity
 from modelcache.ids import validate_id
 from modelcache.units import parse_timeout
 
@@ -50,11 +51,18 @@ class Prefetch:
         errors: id to error of each model that failed; grows until ``wait`` returns True.
     """
 
-    def __init__(self, models: Iterable[str], drop: Callable[["Prefetch", Iterable[str]], None]) -> None:
+    def __init__(
+        self,
+        models: Iterable[str],
+        drop: Callable[["Prefetch", Iterable[str]], None],
+        wait_for: Callable[["Prefetch", Iterable[str]], None],
+    ) -> None:
         self._make_lock()
         self._open = set(models)
         self._total = len(self._open)
         self._drop = drop
+        self._wait_for = wait_for
+        self._waiting: set[object] = set()
         self.errors: dict[str, ModelCacheError] = {}
         self.cancelled = False
 
@@ -101,7 +109,19 @@ class Prefetch:
         """
         limit = parse_timeout(timeout)
         with self._lock:
-            return self._changed.wait_for(lambda: not self._open, limit)
+            self._waiting = self._waiting | {identity.token}
+            still = set(self._open)
+        try:
+            self._wait_for(self, still)
+            with self._lock:
+                return self._changed.wait_for(lambda: not self._open, limit)
+        finally:
+            with self._lock:
+                self._waiting = self._waiting - {identity.token}
+
+    def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it now; never waits."""
+        return self._waiting
 
     def cancel(self) -> None:
         """Stop what nobody else wants; what has arrived stays. ``wait`` returns at once from here on."""

@@ -4,6 +4,7 @@ Callbacks and their isolation are ``hooks``. Here is what happens to a KeyboardI
 callback, or an ``unload=``, raises: it is kept until the verb that caused it has left everything consistent.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -15,6 +16,20 @@ from modelcache.hooks import Hooks
 
 _log = logging.getLogger("modelcache")
 _KEPT = 1000
+
+
+def complain(message: str, *facts: object, error: BaseException | None = None) -> None:
+    """Log an error of somebody's; never raises: a log handler is somebody's code as well."""
+    with contextlib.suppress(Exception):
+        _log.error(message, *facts, exc_info=error)
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of a stranger's error, whose ``__str__`` may itself raise."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - see above
+        return "(an error that has no text)"
 
 
 class Teller:
@@ -59,4 +74,4 @@ class Teller:
         stop = getattr(self._pending, "stop", None)
         if stop is not None:
             self._pending.stop = None
-            _log.error("a callback raised %r on a thread of the cache: ignored", stop)
+            complain("a callback raised %r on a thread of the cache: ignored", stop)

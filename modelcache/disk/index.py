@@ -55,6 +55,7 @@ class Item:
         leaving: its removal is under way.
         doomed: it goes with its last pin.
         read_elsewhere: monotonic time until which another process is taken to read it.
+        stuck: monotonic time until which the system is taken to refuse its removal.
     """
 
     published: Published
@@ -63,6 +64,7 @@ class Item:
     leaving: bool = False
     doomed: bool = False
     read_elsewhere: float = 0.0
+    stuck: float = 0.0
 
     @property
     def model(self) -> str:
@@ -228,7 +230,9 @@ class Index:
         """Mark just enough to go: what is no model's present artifact first, then by the policy."""
         now = time.monotonic()
         idle = [
-            item for item in self.items.values() if not item.pins and not item.leaving and item.read_elsewhere < now
+            item
+            for item in self.items.values()
+            if not item.pins and not item.leaving and max(item.read_elsewhere, item.stuck) < now
         ]
         current = {item.model: item for item in idle if self.models.get(item.model) is item}
         strangers = sorted((item for item in idle if current.get(item.model) is not item), key=lambda item: item.used)
@@ -253,9 +257,10 @@ class Index:
         return any(item.read_elsewhere >= now for item in self.items.values())
 
     def kept(self, item: Item) -> None:
-        """Book that another process reads an item that was to go."""
+        """Book that an item that was to go has stayed: another process reads it, or the system refuses."""
         item.leaving = False
-        item.read_elsewhere = time.monotonic() + RECHECK
+        if item.stuck < time.monotonic():
+            item.read_elsewhere = time.monotonic() + RECHECK
 
     def reset_after_fork(self) -> None:
         """In a child: the parent's fetches, removals and pins are not ours."""

@@ -31,7 +31,8 @@ class Pin:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             self._open.discard(descriptor)
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # closed behind our back (closerange in a daemon): then it is gone
+                os.close(descriptor)
 
 
 class Pins:
@@ -77,5 +78,6 @@ class Pins:
         """
         stays = {pin._descriptor for pin in kept}  # noqa: SLF001 - of this module
         for descriptor in self._open - stays:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
         self._open.intersection_update(stays)

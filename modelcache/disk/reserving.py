@@ -3,7 +3,6 @@
 It acts, outside the guard, on what ``disk.index`` decides under it; files are removed by ``disk.store``.
 """
 
-import logging
 import time
 from collections.abc import Collection
 from typing import Protocol
@@ -13,10 +12,10 @@ from modelcache.disk.tier import DiskTier
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Event, Evicted, Reason
 from modelcache.guard import Guard
-from modelcache.telling import Teller
+from modelcache.telling import Teller, complain
 from modelcache.units import format_bytes
 
-_log = logging.getLogger("modelcache")
+_STUCK = 30.0  # seconds until the removal of what the system refuses to remove is tried again
 
 
 class Upstairs(Protocol):
@@ -192,10 +191,12 @@ class DiskRoom:
     def _removed(self, item: Item) -> bool:
         try:
             aside = self._store.remove(item.published.folder)
-        except OSError as error:  # no descriptor left, say: it still counts, and is tried again later
-            _log.warning("%s can't be removed now (%s)", item.published.folder, error)
+            gone = aside is None or self._store.discard(aside)
+        except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
+            item.stuck = time.monotonic() + _STUCK
+            complain("%s can't be removed now: look at its owner and mode", item.published.folder, error=error)
             return False
-        if aside is not None and not self._store.discard(aside):
+        if aside is not None and not gone:
             with self._guard:
                 self._index.debris[aside] = item.bytes
         return aside is not None

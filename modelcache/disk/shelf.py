@@ -63,7 +63,7 @@ class Shelf:
         """Remove published folders whose record can't be read, so that their bytes do not go uncounted."""
         with self._guard:
             known = set(self.index.items)
-        for name in self._store.names() - known:
+        for name in (self._store.names() or set()) - known:
             if self._store.read(name) is None:
                 _log.warning("%s in %s is damaged: removed, to be fetched again", name, self._store.path)
                 try:
@@ -86,7 +86,10 @@ class Shelf:
         """Learn what other processes published or removed; only names with ``prefix`` are looked at."""
         with self._guard:  # before the listing: what is published after it is not known, and so not missed
             known = {name: item for name, item in self.index.items.items() if name.startswith(prefix)}
-        names = {name for name in self._store.names() if name.startswith(prefix)}
+        listed = self._store.names()
+        if listed is None:
+            return
+        names = {name for name in listed if name.startswith(prefix)}
         found = [published for name in names - known.keys() if (published := self._store.read(name))]
         with self._guard:
             for name, item in known.items():
@@ -112,8 +115,7 @@ class Shelf:
             try:
                 pin = self._store.pin(item.published.folder)
             except BaseException:
-                with self._guard:
-                    item.pins -= 1
+                self._unpinned(item)
                 raise
             if pin is not None:
                 return Held(item, pin)
@@ -126,8 +128,13 @@ class Shelf:
         pin, held.pin = held.pin, None
         if pin is None:
             return
-        pin.close()
-        item = held.item
+        try:
+            pin.close()
+        finally:
+            self._unpinned(held.item)
+
+    def _unpinned(self, item: Item) -> None:
+        """Book that a pin is gone, and remove what was only waiting for that."""
         with self._guard:
             item.pins -= 1
             due = item.doomed and not item.pins and not item.leaving
@@ -246,10 +253,17 @@ class Shelf:
     def adopt(self, held: Held) -> None:
         """In a child: replace the pin that a held artifact inherited by one of our own."""
         inherited = held.pin
-        if inherited is not None:
-            held.pin = self._store.pin(held.item.published.folder) or inherited
-            if held.pin is not inherited:
-                inherited.close()
+        try:
+            own = self._store.pin(held.item.published.folder) if inherited is not None else None
+        except OSError:  # no descriptor left: the inherited one holds as well
+            own = None
+        if own is None or inherited is None:
+            return
+        with self._guard:
+            swapped = held.pin is inherited  # else the model has left meanwhile, and its pin with it
+            if swapped:
+                held.pin = own
+        (inherited if swapped else own).close()
 
     def close(self) -> None:
         """Remove this process's temporary folder; the artifacts stay for the next start."""

@@ -157,12 +157,17 @@ class Store:
         sync(self._models)
         return folder
 
-    def names(self) -> set[str]:
-        """Return the names of all published folders; what others put beside them is not looked at."""
+    def names(self) -> set[str] | None:
+        """Return the names of all published folders; what others put beside them is not looked at.
+
+        None where the system can't say now (no descriptor left, an I/O error).
+        """
         try:
             return {folder.name for folder in self._models.iterdir() if is_published(folder.name)}
         except FileNotFoundError:
             return set()
+        except OSError:
+            return None
 
     def folder(self, name: str) -> Path:
         """Return where the published folder of that name lies."""

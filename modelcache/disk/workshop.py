@@ -46,7 +46,8 @@ class Workshop:
     def _close_lock(self) -> None:
         descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
         if descriptor >= 0:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # closed behind our back: then it is gone
+                os.close(descriptor)
 
     def folder(self) -> Path:
         """Return the folder, made where it is missing.

@@ -36,6 +36,10 @@ class Applicant(Protocol):
         ...
 
     def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it, or for room as it does; the guard is held."""
+        ...
+
+    def own_threads(self) -> set[object]:
         """Return the identities of the threads that wait for it, and that run it; the guard is held."""
         ...
 
@@ -137,7 +141,9 @@ class Admission(Generic[T]):
         applicant.check()
         refusal = self._no_room(applicant.model, need, shortage)
         lost = not self._residents.idle() and not self._leaving(applicant) and applicant.hopeless()
-        mine = turn or not applicant.threads().isdisjoint(self._residents.holding_threads())  # else the head decides
+        mine = turn or not applicant.own_threads().isdisjoint(
+            self._residents.holding_threads()
+        )  # else the head decides
         if last or (lost and mine):
             raise refusal
         applicant.refused(refusal)

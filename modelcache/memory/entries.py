@@ -163,6 +163,8 @@ class Lease(Generic[T]):
         entry.holds[id(self)] = (identity.token,)  # a tuple of its own for each hold, see Entry.ages
         if entry.retired:
             entry.holds.pop(id(self), None)
+            if entry.doomed is not None:  # whoever retired it may have been put off by this hold
+                desk.released(entry)
             return desk.lookup(self)
         self._desk = None
         try:

@@ -92,7 +92,7 @@ class Room(Generic[T]):
                 heap.give_back()
                 reading = self._tier.limits().reading
                 if reading is None or reading.used <= limits.high:
-                    crossed = None
+                    return True
                 continue
             most *= 2
             futile = 0 if self._evictor.evict(victims, told, limits, shortage.reason) else futile + 1

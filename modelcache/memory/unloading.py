@@ -4,7 +4,6 @@ Which models leave, and why, is decided in ``memory.residents``; everything here
 """
 
 import gc
-import logging
 import time
 import weakref
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from modelcache.events import Event, Reason, Unloaded
 from modelcache.guard import Guard
 from modelcache.memory.entries import Entry
 from modelcache.memory.residents import Residents
-from modelcache.telling import Teller
+from modelcache.telling import Teller, complain, text_of
 
 T = TypeVar("T")
 
-_log = logging.getLogger("modelcache")
 _OWED = 4 * 2**20  # bytes of unloaded models after which the heap is given back even where no reading asks for it
 _GC_SHARE = 10  # collections of ours take at most a tenth of the time, but for a load that waits for memory
 
@@ -65,7 +63,10 @@ class Unloader(Generic[T]):
         size = sum(entry.bytes for entry in entries)
         traces = [_trace(entry.value) for entry in entries]
         while entries:
-            self._depart(entries.pop(0))
+            try:
+                self._depart(entries.pop(0))
+            except Exception as error:  # noqa: BLE001 - the disk, say: the others leave all the same
+                complain("a model has left memory, but not all that it kept on disk was given back", error=error)
         self._suspects = [*self._suspects, *(trace for trace in traces if trace is not None)]
         self.collect(now=False)
         self._owed += size
@@ -103,8 +104,8 @@ class Unloader(Generic[T]):
             return type(stop).__name__
         except BaseException as error:  # noqa: BLE001 - the model leaves whatever its unload= does
             self.errors += 1
-            _log.exception("unload= of model %a raised; the model has left memory all the same", entry.model)
-            return f"{type(error).__name__}: {error}"
+            complain("unload= of model %a raised; the model has left memory all the same", entry.model, error=error)
+            return f"{type(error).__name__}: {text_of(error)}"
         return None
 
     def _unloaded(self, entry: Entry[T], duration: float, problem: str | None) -> Event:

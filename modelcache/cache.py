@@ -1,9 +1,8 @@
 """``ModelCache``: the story of a lookup, and the only module that knows all parts.
 
 A warm hit is a dict lookup and a note of use; it takes no lock (``memory.entries``). A miss joins or starts a flight
-(``flights``), which a thread of the cache's own runs (``workers``): find the artifact on disk or fetch it
-(``fetching``), make room in memory, load, land (``loading``). Decisions are made under one lock (``guard``) and acted
-on outside it; events (``events``, ``telling``, ``hooks``) say what was done and why.
+(``flights``), which a thread of the cache's own runs (``workers``): find, or fetch, the artifact (``fetching``),
+make room in memory, load, land (``loading``). Decisions are made under one lock (``guard``), and acted on outside it.
 """
 
 import functools

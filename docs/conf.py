@@ -1,7 +1,7 @@
 """How the pages are built: `make docs`."""
 
+import re
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 project = "modelcache"
 author = "The modelcache developers"
-release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+release = re.findall(r'__version__ = "(.+)"', (ROOT / "modelcache" / "__init__.py").read_text())[0]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["examples"]

@@ -13,7 +13,7 @@ from modelcache.errors import ConfigError
 from modelcache.events import Event, Failed, Hit, Missed, Unloaded
 
 
-class Source(Protocol):
+class Observable(Protocol):
     """A cache, as far as a sink sees it."""
 
     def on(self, event_type: type[Any], callback: Callable[[Any], object], *, background: bool = ...) -> object:
@@ -21,7 +21,7 @@ class Source(Protocol):
 
 
 def log(
-    cache: Source,
+    cache: Observable,
     *,
     logger: str | logging.Logger = "modelcache",
     level: int = logging.INFO,

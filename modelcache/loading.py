@@ -122,7 +122,8 @@ class Loader(Generic[T]):
             return error
         complain("unexpected error while %a was %s", flight.model, flight.state, error=error)
         failure = LoadFailed(
-            f"model {flight.model!a} could not be brought in while {flight.state}: {type(error).__name__}: {error}",
+            f"model {flight.model!a} could not be brought in while {flight.state}: "
+            f"{type(error).__name__}: {text_of(error)}",
             model=flight.model,
         )
         failure.__cause__ = error

@@ -4,6 +4,7 @@ What they run is given to them; here is only who runs it, and in which order: wh
 before what was only asked for in advance.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -36,6 +37,7 @@ class Workers:
         self._later: deque[Callable[[], None]] = deque()
         self._threads: set[threading.Thread] = set()
         self._waiting = 0
+        self._stopping: set[threading.Thread] = set()
         self._stopped = False
 
     def submit(self, job: Callable[[], None], *, urgent: bool) -> None:
@@ -63,7 +65,8 @@ class Workers:
             try:
                 job()
             except BaseException:  # noqa: BLE001 - a job reports its own errors: this is a bug, and must not cost the thread
-                _log.exception("a job of the cache failed")
+                with contextlib.suppress(Exception):  # a log handler that raises
+                    _log.exception("a job of the cache failed")
             del job  # an idle thread must not keep a model alive
 
     def _next(self) -> Callable[[], None] | None:
@@ -83,9 +86,13 @@ class Workers:
         """Let the threads end once the queues are empty; return whether all did within ``timeout`` seconds."""
         with self._lock:
             self._stopped = True
-            threads = self._threads - {threading.current_thread()}
+            me = threading.current_thread()
+            self._stopping.add(me)
+            threads = self._threads - {me}
             self._changed.notify_all()
         deadline = time.monotonic() + timeout
         for thread in threads:
-            thread.join(max(deadline - time.monotonic(), 0))
+            while thread.is_alive() and thread not in self._stopping and (left := deadline - time.monotonic()) > 0:
+                thread.join(min(left, 0.1))  # one that comes here itself, from a callback, does not end before us
+        self._stopping.discard(me)
         return not any(thread.is_alive() for thread in threads)

@@ -21,6 +21,7 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGHUP, _stop)
     try:
         import story  # noqa: PLC0415 - takes seconds, and Ctrl-C is answered meanwhile
 
@@ -36,6 +37,7 @@ def _stop(number: int, _: Any) -> NoReturn:
     """Stop, once: while servers are being ended, a further Ctrl-C would leave some behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 

@@ -69,6 +69,7 @@ def tell(stack: contextlib.ExitStack, seconds: float, trained: Path | None) -> N
     for row in rows((before, after)):
         table.add_row(*row)
     console.print("\n", table, sep="")
+    console.print("(b) includes the seconds in which the models that had been evicted come back, each with one miss.")
     draw(PICTURE, before, after, watch, f"{fleet}; {CLIENTS} clients")
     console.print(f"Timeline: {PICTURE}")
 

@@ -160,11 +160,9 @@ class Loader(Generic[T]):
         after = self._read_after(before, need)
         with self.guard:
             alone = churn == self.residents.churn and len(self.residents.reserved) == 1 and modules == len(sys.modules)
-            found_out = measured(guess, before, after, alone=alone)
-            size = need if found_out is None else found_out
+            size, sure = measured(guess, before, after, alone=alone) or (need, need != guess)
             keeps = found if isinstance(found, Held) else None
-            sure = given or found_out is not None
-            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure, keeps=keeps)
+            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure or given, keeps=keeps)
             del value
             del self.residents.reserved[flight]
             self.residents.churn += 1

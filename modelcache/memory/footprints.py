@@ -34,8 +34,8 @@ class Footprints:
         self._known.pop(model, None)
 
 
-def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> int | None:
-    """Return the footprint of a load as measured, in bytes; None where it could not be.
+def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> tuple[int, bool] | None:
+    """Return the footprint of a load in bytes, and whether that is more than a guess; None: it was not measured.
 
     A measurement below what the artifact (or the user) says does not lower it: a mapped model reads low until it
     is used; growth below ``_NOISE`` says only that the model is small.
@@ -49,4 +49,4 @@ def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> int |
     if not alone or before.reading is None or after.reading is None:
         return None
     grown = after.reading.used - before.reading.used
-    return max(grown, guess) if grown >= _NOISE else guess
+    return (max(grown, guess), True) if grown >= _NOISE else (guess, False)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from modelcache import ModelCacheError, NoRoom
+from modelcache.monitor import Monitor
 from tests.support.children import run
 from tests.support.fakes import DictSource, tar
 from tests.support.racing import Call, Counting, Gate, allocated, descriptors, load_model, small_cache, together
-from tests.support.waiting import eventually
 
 
 @contextlib.contextmanager
@@ -505,28 +505,20 @@ def test_leftovers_are_swept_when_room_is_short(tmp_path: Path) -> None:
             assert not dead.exists()
 
 
-def test_monitor_ends_however_close_meets_its_look(tmp_path: Path) -> None:
-    """A monitor that is about to look when it is told to stop does not go to sleep for ever."""
-    cache = small_cache(tmp_path, DictSource().add("a"), memory={"interval": 0.01})
-    monitor = cache._parts.monitor
-    stopping = Gate()
+def test_monitor_ends_however_close_meets_its_look() -> None:
+    """A monitor that is told to stop during its look does not go to sleep for ever."""
+    gate = Gate()
 
-    class Slow(threading.Event):
-        """Clears only once the monitor was told to stop."""
+    def look() -> bool:
+        gate()
+        return False
 
-        def clear(self) -> None:
-            stopping.reached.set()
-            monitor._stop.wait(5)
-            eventually(lambda: not closing or self.is_set())
-            super().clear()
-
-    closing: list[bool] = []
-    monitor._wake = Slow()
-    cache.get("a")
-    cache.unload("a")
-    stopping.wait()
-    closing.append(True)
-    assert Call(cache.close, timeout=3).result(6) is True
+    monitor = Monitor(look, 0.01)
+    monitor.start()
+    gate.wait()
+    stop = Call(monitor.stop, 5)
+    gate.open()
+    assert stop.result(6) is True
 
 
 def test_many_closes_and_starts(tmp_path: Path) -> None:

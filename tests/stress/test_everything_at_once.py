@@ -173,7 +173,7 @@ def everything_at_once(folder: Path, seconds: float) -> None:
     assert all(model.unloads == 1 for model in done.unloaded)
     assert len(set(map(id, done.unloaded))) == len(done.loaded)
     assert {verb for verb, count in crowd.done.items() if count} >= {"_get", "_lease", "_unload", "_prefetch", "_look"}
-    assert watch.samples > seconds * 20
+    assert watch.samples > seconds * 5
     assert not list((folder / "disk" / "tmp").iterdir())
     assert threading.active_count() <= threads
     assert descriptors() <= files

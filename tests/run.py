@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.11", "3.12", "3.13")
 QUICK = "not slow and not servers"
-"""What other Pythons run: below a minute each."""
+"""What other Pythons run: a few minutes each."""
 
 
 def main() -> int:

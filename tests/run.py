@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.11", "3.12", "3.13")
 QUICK = "not slow and not servers"
-"""What other Pythons run: a few minutes each."""
+QUICK_ARGUMENTS = [f"--ignore=tests/{folder}" for folder in ("interleave", "faults", "stress")]
+"""What other Pythons run, beside what QUICK marks: behaviour, contracts and properties, a minute or two each."""
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def main() -> int:
         if version == here_version:
             continue
         if python := find(version):
-            failed = run_pytest(prepare(uv, python, version), here, QUICK, options.pytest)
+            failed = run_pytest(prepare(uv, python, version), here, QUICK, [*QUICK_ARGUMENTS, *options.pytest])
         else:
             print(f"no Python {version} on this machine: not run", flush=True)
         if failed:

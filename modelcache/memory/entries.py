@@ -218,8 +218,11 @@ class Lease(Generic[T]):
 
     def __del__(self) -> None:
         """Release what was forgotten, and say so."""
-        if self._entry:
+        try:
             entry = self._entry
+        except AttributeError:  # an interrupt came before it was filled
+            return
+        if entry:
             if entry.holds.pop(id(self), None) is not None:
                 entry.desk.orphaned(entry)
                 warnings.warn(

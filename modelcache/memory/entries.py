@@ -222,15 +222,14 @@ class Lease(Generic[T]):
             entry = self._entry
         except AttributeError:  # an interrupt came before it was filled
             return
-        if entry:
-            if entry.holds.pop(id(self), None) is not None:
-                entry.desk.orphaned(entry)
-                warnings.warn(
-                    f"a lease on {self.model!a} was collected unreleased: use it in a 'with' statement",
-                    ResourceWarning,
-                    source=self,
-                    stacklevel=2,
-                )
+        if entry and entry.holds.pop(id(self), None) is not None:
+            entry.desk.orphaned(entry)
+            warnings.warn(
+                f"a lease on {self.model!a} was collected unreleased: use it in a 'with' statement",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         """Say which model, and whether it is held."""

@@ -20,7 +20,7 @@ from modelcache.disk.tier import DiskTier
 from modelcache.errors import CacheClosed
 from modelcache.events import Event, Reason
 from modelcache.flights import Cancelled, Flight
-from modelcache.identity import identity
+from modelcache.identity import me
 from modelcache.ids import validate_id
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import DEFAULT, Lease
@@ -141,14 +141,12 @@ class ModelCache(Generic[T]):
             id: the model's.
             timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
         """
-        try:
-            entry = self._resident[id]
-        except (KeyError, TypeError):
-            entry = None
-        if entry is None:
-            validate_id(id)
         lease: Lease[T] = _new_lease(Lease)
-        lease._entry = entry  # noqa: SLF001 - filled here, see Lease
+        try:
+            lease._entry = self._resident[id]  # noqa: SLF001 - filled here, see Lease
+        except (KeyError, TypeError):
+            validate_id(id)
+            lease._entry = None  # noqa: SLF001
         lease.model = id
         lease._desk = self._desk  # noqa: SLF001
         lease._timeout = timeout  # noqa: SLF001
@@ -195,7 +193,7 @@ class ModelCache(Generic[T]):
                 raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
             entry = self._desk.find(model, stays=not parts.closed)
             if entry is not None:
-                lease.hold(entry, identity.token)
+                lease.hold(entry, me())
                 return None, False
             event = parts.missed(model)
             failure = parts.flights.failure(model)
@@ -205,7 +203,7 @@ class ModelCache(Generic[T]):
                 if asker is not None:
                     failure = parts.flights.circle(flight, asker)
                 if failure is None:
-                    flight.waiters[lease] = identity.token
+                    flight.waiters[lease] = me()
                     if asker is not None:
                         asker.blocked_on.add(flight)
         parts.teller.tell([event])

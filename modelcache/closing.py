@@ -8,7 +8,7 @@ from modelcache import lifecycle
 from modelcache.errors import CacheClosed
 from modelcache.events import Reason
 from modelcache.flights import Flight
-from modelcache.identity import identity
+from modelcache.identity import me
 from modelcache.machinery import Machinery
 
 
@@ -43,12 +43,12 @@ class Life:
             return False
         self._parts.settle()
         with self._parts.guard:
-            self._parts.flights.closers.add(identity.token)
+            self._parts.flights.closers.add(me())
         try:
             return self._close(timeout)
         finally:
             with self._parts.guard:
-                self._parts.flights.closers.discard(identity.token)
+                self._parts.flights.closers.discard(me())
 
     def _close(self, timeout: float | None) -> bool:
         parts = self._parts

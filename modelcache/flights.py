@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from modelcache.errors import CacheClosed, InvalidModelId, LoadFailed, ModelCacheError, NoRoom, Timeout, TooLarge
 from modelcache.events import Reason
 from modelcache.guard import Guard
-from modelcache.identity import identity
+from modelcache.identity import me
 from modelcache.memory.entries import Entry, Lease
 
 T = TypeVar("T")
@@ -200,7 +200,7 @@ class Flights(Generic[T]):
         if flight.claimed or flight.done.is_set():
             return False
         flight.claimed = True
-        flight.thread = identity.token
+        flight.thread = me()
         return True
 
     def land(self, flight: Flight[T], entry: Entry[T] | None) -> None:

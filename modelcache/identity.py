@@ -2,12 +2,17 @@
 
 import threading
 
+here = threading.local()
+"""``here.token`` is an object that no other thread has, now or later, once ``me`` was called on this thread.
 
-class Identity(threading.local):
-    """``identity.token`` is an object that no other thread has, now or later; reading it takes no lock."""
-
-    def __init__(self) -> None:
-        self.token = object()
+A plain ``local``, not a subclass that fills itself: reading that costs twice as much, and a warm lease reads it.
+"""
 
 
-identity = Identity()
+def me() -> object:
+    """Return the calling thread's token; takes no lock."""
+    try:
+        return here.token
+    except AttributeError:
+        here.token = object()
+        return here.token

@@ -20,14 +20,14 @@ def validate_id(model: object) -> str:
             control character, or not encodable as UTF-8 (lone surrogates).
     """
     if not isinstance(model, str):
-        raise InvalidModelId(f"model id {model!r:.100} must be a str, not {type(model).__name__}", model=None)
+        raise InvalidModelId(f"model id {model!r:.100} must be a str, not {type(model).__name__}", model=None) from None
     problem = _problem(model)
     if problem:
         shown = ascii(model) if len(model) <= 100 else ascii(model[:100]) + "..."  # noqa: PLR2004 - for people
         raise InvalidModelId(
             f"model id {shown} {problem}; an id is a relative name like 'fraud/v3' of at most {MAX_ID_BYTES} bytes",
             model=model,
-        )
+        ) from None
     return str(model)
 
 

@@ -23,7 +23,7 @@ from modelcache.fetching import Fetcher
 from modelcache.flights import Flight, Flights
 from modelcache.guard import Guard
 from modelcache.hooks import Hooks
-from modelcache.identity import identity
+from modelcache.identity import me
 from modelcache.loading import Loader
 from modelcache.memory.admission import Admission
 from modelcache.memory.entries import Entry, Lease
@@ -229,7 +229,7 @@ class Machinery(Generic[T]):
         self.workers.reset_after_fork()
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
-        entries = self.residents.reset_after_fork(identity.token, self._inherited or [])
+        entries = self.residents.reset_after_fork(me(), self._inherited or [])
         self.shelf.reset_after_fork(entry.keeps for entry in entries if isinstance(entry.keeps, Held))
         self._inherited = entries
 

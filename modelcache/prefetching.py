@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import attrs
 
 from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
-from modelcache.identity import identity
+from modelcache.identity import me
 from modelcache.ids import validate_id
 from modelcache.units import parse_timeout
 
@@ -109,7 +109,7 @@ class Prefetch:
         """
         limit = parse_timeout(timeout)
         with self._lock:
-            self._waiting = self._waiting | {identity.token}
+            self._waiting = self._waiting | {me()}
             still = set(self._open)
         try:
             self._wait_for(self, still)
@@ -117,7 +117,7 @@ class Prefetch:
                 return self._changed.wait_for(lambda: not self._open, limit)
         finally:
             with self._lock:
-                self._waiting = self._waiting - {identity.token}
+                self._waiting = self._waiting - {me()}
 
     def threads(self) -> set[object]:
         """Return the identities of the threads that wait for it now; never waits."""

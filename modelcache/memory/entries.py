@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from modelcache.errors import ModelCacheError
 from modelcache.events import Reason
-from modelcache.identity import identity
+from modelcache.identity import here, me
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class Lease(Generic[T]):
         model: id of the model.
     """
 
-    __slots__ = ("__weakref__", "_desk", "_entry", "_timeout", "model")
+    __slots__ = ("_desk", "_entry", "_timeout", "model")
 
     model: str
     _desk: Desk[T] | None  # None once it was acquired: a lease is one-shot
@@ -160,7 +160,10 @@ class Lease(Generic[T]):
             )
         if not entry:
             return desk.lookup(self)
-        entry.holds[id(self)] = (identity.token,)  # a tuple of its own for each hold, see Entry.ages
+        try:
+            entry.holds[id(self)] = (here.token,)  # a tuple of its own for each hold, see Entry.ages
+        except AttributeError:  # the first lease of this thread
+            entry.holds[id(self)] = (me(),)
         if entry.retired:
             entry.holds.pop(id(self), None)
             if entry.doomed is not None:  # whoever retired it may have been put off by this hold
@@ -192,10 +195,9 @@ class Lease(Generic[T]):
             del entry.holds[id(self)]  # type: ignore[union-attr]  # whoever deletes it has released it
         except (AttributeError, KeyError):
             return
-        assert entry  # noqa: S101 - for the type checker
         self._entry = ()
-        if entry.desk.short or entry.doomed is not None:
-            entry.desk.released(entry)
+        if entry.desk.short or entry.doomed is not None:  # type: ignore[union-attr]
+            entry.desk.released(entry)  # type: ignore[union-attr,arg-type]
 
     __exit__ = release
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Generic, TypeVar
 
 from modelcache.events import Reason
-from modelcache.identity import identity
+from modelcache.identity import me
 from modelcache.memory.entries import Entry, Lease
 from modelcache.memory.footprints import Footprints
 from modelcache.memory.shortage import Shortage
@@ -162,7 +162,7 @@ class Residents(Generic[T]):
             entry.retired = False
             return False
         entry.reason = entry.doomed or reason
-        entry.retirer = identity.token
+        entry.retirer = me()
         for known in (self.resident, self.doomed):
             if known.get(entry.model) is entry:
                 del known[entry.model]

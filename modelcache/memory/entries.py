@@ -103,7 +103,8 @@ class Desk(Protocol[T]):
     Attributes:
         note: takes note of a use: appends to a bounded list, which slow work drains; where somebody listens for
             hits, it tells them too.
-        short: whether somebody waits for room, or a limit could not be met: then each release looks again.
+        short: whether somebody waits for room, a limit could not be met, or a model is to go with its last lease:
+            then each release looks again.
     """
 
     note: Callable[[Entry[T]], None]
@@ -196,7 +197,7 @@ class Lease(Generic[T]):
         except (AttributeError, KeyError):
             return
         self._entry = ()
-        if entry.desk.short or entry.doomed is not None:  # type: ignore[union-attr]
+        if entry.desk.short:  # type: ignore[union-attr]
             entry.desk.released(entry)  # type: ignore[union-attr,arg-type]
 
     __exit__ = release

@@ -134,6 +134,7 @@ class Residents(Generic[T]):
         if entry is None or entry.retired:
             return None
         del self.doomed[model]
+        self.update_short()
         entry.doomed = None
         self.resident[model] = entry
         self._policy.admitted(Resident(model, entry.bytes, entry.cost))
@@ -151,6 +152,7 @@ class Residents(Generic[T]):
             del self.resident[entry.model]
             self._policy.removed(entry.model)
         self.doomed[entry.model] = entry
+        self.update_short()  # before whoever retires it looks at the holds
         return entry.doomed
 
     def retire(self, entry: Entry[T], reason: Reason) -> bool:
@@ -166,6 +168,7 @@ class Residents(Generic[T]):
         for known in (self.resident, self.doomed):
             if known.get(entry.model) is entry:
                 del known[entry.model]
+        self.update_short()
         self._policy.removed(entry.model)
         self.footprints.remember(entry.model, entry.bytes, entry.hits)
         self.leaving.add(entry)
@@ -267,7 +270,7 @@ class Residents(Generic[T]):
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
-        self.short = bool(self.line) or self.over or self.disk_over
+        self.short = bool(self.line or self.doomed) or self.over or self.disk_over
 
     def reset_after_fork(self, thread: object, unsettled: Iterable[Entry[T]]) -> list[Entry[T]]:
         """In a child: keep the models, and only the leases of the thread that forked; return the models.
@@ -288,7 +291,8 @@ class Residents(Generic[T]):
         self.leaving = set()
         self.reserved = {}
         self.line = {}
-        self.short = self.over = self.disk_over = False
+        self.over = self.disk_over = False
+        self.update_short()
         return entries
 
     def restore(self, entries: Iterable[Entry[T]]) -> None:

@@ -29,6 +29,7 @@ class Entry(Generic[T]):
         model: its id.
         value: what ``load`` returned; deleted once it is unloaded.
         holds: ``id(lease)`` to the identity of the thread that took it; written without a lock.
+        seen: of these, who was seen at the last look at ages, and since when.
         retired: set, under the guard, by whoever takes it out of memory; undone where a hold came first.
         bytes: its footprint, as far as known.
         sure: whether ``bytes`` was measured or given by the user, not guessed from the artifact.
@@ -43,7 +44,6 @@ class Entry(Generic[T]):
     """
 
     __slots__ = (
-        "_seen",
         "bytes",
         "cost",
         "desk",
@@ -56,6 +56,7 @@ class Entry(Generic[T]):
         "reason",
         "retired",
         "retirer",
+        "seen",
         "sure",
         "used",
         "value",
@@ -67,8 +68,8 @@ class Entry(Generic[T]):
         self.desk = desk
         self.model = model
         self.value = value
-        self.holds: dict[int, tuple[object]] = {}
-        self._seen: dict[int, tuple[tuple[object], float]] = {}
+        self.holds: dict[int, object] = {}
+        self.seen: dict[int, tuple[object, float]] = {}
         self.retired = False
         self.bytes = size
         self.sure = sure
@@ -85,15 +86,15 @@ class Entry(Generic[T]):
         """Return how long each hold has been seen, in seconds; the guard is held.
 
         The warm path does not look at a clock, so a hold's age counts from the first look at it; the monitor
-        looks every interval. A hold is told from a later one of the same id by its very tuple, which is kept here so
-        that no other can have its address.
+        looks every interval. A release takes its hold out of what was seen, so that a later lease at the same
+        address starts anew.
         """
         now = time.monotonic()
         seen = {}
         for lease, hold in list(self.holds.items()):
-            known = self._seen.get(lease)
+            known = self.seen.get(lease)
             seen[lease] = known if known is not None and known[0] is hold else (hold, now)
-        self._seen = seen
+        self.seen = seen
         return [now - since for _, since in seen.values()]
 
 
@@ -162,9 +163,9 @@ class Lease(Generic[T]):
         if not entry:
             return desk.lookup(self)
         try:
-            entry.holds[id(self)] = (here.token,)  # a tuple of its own for each hold, see Entry.ages
+            entry.holds[id(self)] = here.token
         except AttributeError:  # the first lease of this thread
-            entry.holds[id(self)] = (me(),)
+            entry.holds[id(self)] = me()
         if entry.retired:
             entry.holds.pop(id(self), None)
             if entry.doomed is not None:  # whoever retired it may have been put off by this hold
@@ -197,6 +198,8 @@ class Lease(Generic[T]):
         except (AttributeError, KeyError):
             return
         self._entry = ()
+        if entry.seen:  # type: ignore[union-attr]
+            entry.seen.pop(id(self), None)  # type: ignore[union-attr]
         if entry.desk.short:  # type: ignore[union-attr]
             entry.desk.released(entry)  # type: ignore[union-attr,arg-type]
 
@@ -204,7 +207,7 @@ class Lease(Generic[T]):
 
     def hold(self, entry: Entry[T], thread: object) -> None:
         """Take hold of an entry on behalf of the thread that waits for it; the guard is held."""
-        entry.holds[id(self)] = (thread,)
+        entry.holds[id(self)] = thread
         self._entry = entry
         self._desk = None
 

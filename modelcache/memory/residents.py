@@ -266,7 +266,7 @@ class Residents(Generic[T]):
 
     def holding_threads(self) -> set[object]:
         """Return the identities of the threads that took the leases held now."""
-        return {thread for entry in self.entries() for (thread,) in list(entry.holds.values())}
+        return {thread for entry in self.entries() for thread in list(entry.holds.values())}
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
@@ -285,7 +285,7 @@ class Residents(Generic[T]):
         self.drain()
         for entry in entries:
             entry.inherited = True
-            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold[0] is thread}
+            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold is thread}
         self.resident.clear()  # the same dict: the warm path keeps it
         self.orphans = deque()
         self.leaving = set()

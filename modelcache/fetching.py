@@ -74,8 +74,7 @@ class Trip(Generic[T]):
 
     def own_threads(self) -> set[object]:
         """Return the identities of the threads that wait for it, and that run it; the guard is held."""
-        chain = {self._flight, *self._flight.ancestors()}
-        return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))
+        return self._flight.threads()
 
     def check(self) -> None:
         """Raise Cancelled where the flight was told to stop, or nobody waits for it any more; the guard is held.

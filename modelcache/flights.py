@@ -104,6 +104,11 @@ class Flight(Generic[T]):
         """Whether it is over, well or not; the guard is held."""
         return self.state == "done"
 
+    def threads(self) -> set[object]:
+        """Return the identities of the threads that wait for it or its ancestors, and that run them."""
+        chain = [self, *self.ancestors()]
+        return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))
+
     def ancestors(self) -> "set[Flight[T]]":
         """Return the flights whose loaders, one inside the other, asked for this one."""
         found: set[Flight[T]] = set()
@@ -231,9 +236,8 @@ class Flights(Generic[T]):
 
     def waiting(self, flight: Flight[T]) -> set[object]:
         """Return the identities of the threads that wait for a flight, or for another one that waits for room."""
-        chain = {flight, *flight.ancestors()}
-        chain.update(other for other in self.active.values() if other.state == "waiting for room")
-        return {one.thread for one in chain}.union(*(one.waiters.values() for one in chain), self.closers)
+        others = (other.threads() for other in self.active.values() if other.state == "waiting for room")
+        return flight.threads().union(*others, self.closers)
 
     def hopeless(self, flight: Flight[T], holders: set[object]) -> bool:
         """Whether nobody who could give room to ``flight`` will: all wait for room, or for it, themselves.

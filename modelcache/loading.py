@@ -131,17 +131,15 @@ class Loader(Generic[T]):
 
     def _fly(self, flight: Flight[T]) -> None:
         found = self.fetcher.find(flight)
-        kept = False
         try:
             with self.guard:
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:
                 entry, after = self._bring_into_memory(flight, found)
-                kept = True
                 self._after_landing(flight, entry, after)
         finally:
-            if isinstance(found, Held) and not (kept or flight.entry is not None):
+            if isinstance(found, Held) and flight.entry is None:  # else the entry keeps it
                 self.shelf.release(found)
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:

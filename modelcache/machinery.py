@@ -1,11 +1,10 @@
-"""The parts of one cache, put together, and what is done with several of them at once.
+"""The parts of one cache: built, tied to one another, and carried over a fork.
 
-``cache`` tells the story of a lookup over these parts; here they are built, asked for their figures, told to
-drop a model, carried over a fork, and closed.
+``cache`` tells the story of a lookup over them. Their figures are ``census``, what else is ordered of them ``orders``,
+their end ``closing``.
 """
 
 import functools
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -40,8 +39,6 @@ from modelcache.units import parse_count, parse_seconds
 from modelcache.workers import Workers
 
 T = TypeVar("T")
-
-_log = logging.getLogger("modelcache")
 
 
 class Machinery(Generic[T]):

@@ -5,6 +5,7 @@ Parsing and printing only; what a percentage is a percentage *of* is known to th
 
 import math
 import re
+from collections.abc import Iterable
 from threading import TIMEOUT_MAX
 
 import attrs
@@ -137,6 +138,11 @@ def parse_count(value: object, setting: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{setting}={value!r} must be a whole number above 0", setting=setting, value=value)
     return value
+
+
+def format_holders(holders: Iterable[tuple[str, int, float]]) -> str:
+    """Return who holds leases, as ``NoRoom.holders`` has it, for people."""
+    return ", ".join(f"{model!a} ({leases} leases, {age:.1f} s)" for model, leases, age in holders)
 
 
 def format_bytes(size: int) -> str:

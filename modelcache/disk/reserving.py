@@ -13,7 +13,7 @@ from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Event, Evicted, Reason
 from modelcache.guard import Guard
 from modelcache.telling import Teller, complain
-from modelcache.units import format_bytes
+from modelcache.units import format_bytes, format_holders
 
 _STUCK = 30.0  # seconds until the removal of what the system refuses to remove is tried again
 
@@ -146,14 +146,13 @@ class DiskRoom:
     def _no_room(self, staging: Staging, amount: int, shortage: DiskShortage) -> NoRoom:
         model, figures = staging.wish.model, shortage.figures
         holders = self._upstairs.holders(self._index.pinned())
-        held = ", ".join(f"{held!a} ({leases} leases, {age:.1f} s)" for held, leases, age in holders)
         by_budget = shortage.reason is Reason.DISK_BUDGET
         where = "in" if by_budget else "on the file system of"
         advice = "raise disk.budget" if by_budget else "free the disk, or lower disk.min_free"
         return NoRoom(
             f"no room on disk for {model!a}: it needs {format_bytes(amount)} more, {shortage.reason} allows "
             f"{format_bytes(figures['high'])} and {format_bytes(figures['used'])} are taken {where} {self._store.path}"
-            + (f", held by leases on {held}" if held else "")
+            + (f", held by leases on {format_holders(holders)}" if holders else "")
             + f": {advice}",
             model=model,
             tier="disk",

@@ -15,7 +15,7 @@ from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
-from modelcache.units import format_bytes
+from modelcache.units import format_bytes, format_holders
 
 T = TypeVar("T")
 
@@ -141,9 +141,8 @@ class Admission(Generic[T]):
         applicant.check()
         refusal = self._no_room(applicant.model, need, shortage)
         lost = not self._residents.idle() and not self._leaving(applicant) and applicant.hopeless()
-        mine = turn or not applicant.own_threads().isdisjoint(
-            self._residents.holding_threads()
-        )  # else the head decides
+        own = applicant.own_threads() & self._residents.holding_threads()
+        mine = turn or bool(own)  # else the head of the line decides
         if last or (lost and mine):
             raise refusal
         applicant.refused(refusal)
@@ -152,14 +151,13 @@ class Admission(Generic[T]):
     def _no_room(self, model: str, need: int, shortage: Shortage) -> NoRoom:
         """Return the error that says what is in the way; the guard is held."""
         holders = self._residents.holders()
-        held = ", ".join(f"{model!a} ({leases} leases, {age:.1f} s)" for model, leases, age in holders)
         figures = shortage.figures
         show = str if shortage.reason is Reason.MAX_MODELS else format_bytes
         setting = f"memory.{_SETTING[shortage.reason]}"
         if shortage.fits:
             why = "others wait for room before it: ask again"
-        elif held:
-            why = f"leases hold {held}: release leases, or raise {setting}"
+        elif holders:
+            why = f"leases hold {format_holders(holders)}: release leases, or raise {setting}"
         elif self._residents.tracked():
             why = f"evicting did not help: free memory elsewhere in this process, or raise {setting}"
         else:

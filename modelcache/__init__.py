@@ -22,7 +22,20 @@ from modelcache.errors import (
     TooLarge,
     UnsafeArtifact,
 )
-from modelcache.events import Event, Evicted, Failed, Fetched, Hit, Loaded, Missed, Reason, Reclaimed, Unloaded
+from modelcache.events import (
+    Event,
+    Evicted,
+    Failed,
+    Fetched,
+    Hit,
+    Loaded,
+    Missed,
+    Pressure,
+    Reason,
+    Reclaimed,
+    Thrashing,
+    Unloaded,
+)
 from modelcache.memory import Lease, MemoryTier
 from modelcache.prefetching import Prefetch
 from modelcache.reports import ModelInfo, Stats
@@ -55,11 +68,13 @@ __all__ = [
     "ModelNotFound",
     "NoRoom",
     "Prefetch",
+    "Pressure",
     "Reason",
     "Reclaimed",
     "S3Source",
     "SourceUnavailable",
     "Stats",
+    "Thrashing",
     "Timeout",
     "TooLarge",
     "Unloaded",

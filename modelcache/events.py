@@ -28,18 +28,34 @@ class Reason(enum.StrEnum):
     """The artifacts on disk, with what a fetch needs, stood above ``disk.budget``."""
     MIN_FREE = "min_free"
     """A fetch would have left less than ``disk.min_free`` on the file system."""
+    MEMORY_ERROR = "memory error"
+    """A load raised MemoryError, and is tried once more with this room."""
+    IDLE = "idle"
+    """Nobody used the model for ``memory.idle_after`` seconds."""
     EVICTED = "evicted"
     """The model left memory since a tier chose to drop it; the ``Evicted`` event before says why."""
     UNLOAD = "unload"
     """Somebody called ``unload()``."""
     DELETE = "delete"
     """Somebody called ``delete()``."""
+    REPLACED = "replaced"
+    """A new version of the model was loaded in its place."""
     CLOSE = "close"
     """The cache was closed."""
     REQUEST = "request"
     """Somebody called ``get()`` or ``lease()``, or a loader asked for a part."""
     PREFETCH = "prefetch"
     """Somebody called ``prefetch()``."""
+    REFRESH = "refresh"
+    """Somebody called ``refresh()``, or ``revalidate_after`` seconds were over; there is a new version."""
+    FUTILE = "evicting does not help"
+    """What batches of evictions freed was far less than they promised."""
+    OLD_LEASE = "old lease"
+    """A lease is held for longer than ``memory.lease_warning`` seconds."""
+    SWAPPING = "swapping"
+    """More time goes into loading again what was evicted than into serving."""
+    RECOVERED = "recovered"
+    """That is over."""
 
     @property
     def was_eviction(self) -> bool:
@@ -54,6 +70,8 @@ _EVICTIONS = frozenset(
         Reason.MAX_MODELS,
         Reason.DISK_BUDGET,
         Reason.MIN_FREE,
+        Reason.MEMORY_ERROR,
+        Reason.IDLE,
         Reason.EVICTED,
     }
 )
@@ -205,3 +223,56 @@ class Failed(Event):
 
     def _details(self) -> list[str]:
         return [*super()._details(), f"{self.error}: {self.message}"]
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Pressure(Event):
+    """Something keeps memory from coming back; told once for each episode.
+
+    With reason ``FUTILE`` evicting did not help, and the cache stops it for a while: what grew is not the cache's, or
+    somebody still holds models that were evicted. With reason ``OLD_LEASE`` a lease on ``model`` is held for
+    ``duration`` seconds already.
+
+    Attributes:
+        promised: bytes that the footprints of the evicted models promised.
+        freed: bytes that the gauge really fell by; negative where something grew meanwhile.
+        lingering: bytes of models that were evicted, and that somebody still references.
+        foreign: bytes in use that are no model's.
+    """
+
+    promised: int | None = None
+    freed: int | None = None
+    lingering: int | None = None
+    foreign: int | None = None
+
+    def _details(self) -> list[str]:
+        if self.promised is None or self.freed is None:
+            return super()._details()
+        shares = f"evicted {format_bytes(self.promised)}, {format_bytes(self.freed)} came back"
+        rest = f"{format_bytes(self.lingering or 0)} lingers, {format_bytes(self.foreign or 0)} is no model's"
+        return [str(self.reason or ""), shares, rest, self._figures()]
+
+
+@attrs.frozen(kw_only=True, str=False)
+class Thrashing(Event):
+    """The memory tier spends more time loading again what it evicted than models spend serving; or no longer.
+
+    One event on entering (reason ``SWAPPING``: a share of at least half, and at least ten reloads), one on leaving
+    (``RECOVERED``: under a quarter). Denning, *Thrashing: its causes and prevention*, AFIPS 1968.
+
+    Attributes:
+        share: reload seconds over reload and serving seconds, 0 to 1, over the last ``duration`` seconds.
+        reloads_per_minute: loads of models that the tier had evicted under pressure.
+        worst: ``(model, reload seconds)`` of those that cost most, the worst first.
+        memory_needed: bytes of ``high`` that would end it; None: not known.
+    """
+
+    share: float = 0.0
+    reloads_per_minute: float = 0.0
+    worst: tuple[tuple[str, float], ...] = ()
+    memory_needed: int | None = None
+
+    def _details(self) -> list[str]:
+        figures = f"{self.share:.0%} of the time goes into reloads, {self.reloads_per_minute:.1f} a minute"
+        worst = ", ".join(f"{model!a} {seconds:.1f} s" for model, seconds in self.worst)
+        return [str(self.reason or ""), figures, f"worst: {worst}" if worst else "", self._figures()]

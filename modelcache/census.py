@@ -20,7 +20,7 @@ def models(parts: Machinery[Any]) -> list[ModelInfo]:
                 state="on disk" if flight is None or flight.state == "queued" else flight.state,
                 bytes=item.bytes,
                 leases=0,
-                hits=parts.residents.footprints.hits(model),
+                hits=life.hits if (life := parts.residents.lives.of(model)) else 0,
                 last_used=item.used,
             )
         for entry in [*parts.residents.leaving, *parts.residents.entries()]:
@@ -53,7 +53,7 @@ def stats(parts: Machinery[Any]) -> Stats:
             fetches=done.fetches,
             fetched_bytes=done.fetched_bytes,
             failures=done.failures,
-            evictions=parts.evictor.count,
+            evictions=parts.unloader.evictions,
             disk_evictions=parts.disk_room.evictions,
             models=len(entries),
             leases=sum(len(entry.holds) for entry in entries),
@@ -63,7 +63,7 @@ def stats(parts: Machinery[Any]) -> Stats:
             memory_high=limits.high,
             memory_low=limits.low,
             memory_models=residents.tracked(),
-            memory_reserved=sum(residents.reserved.values()),
+            memory_reserved=sum(plan.peak for plan in residents.reserved.values()),
             disk_used=parts.shelf.index.used(),
             disk_budget=disk_budget,
             hook_errors=parts.hooks.errors,

@@ -187,11 +187,13 @@ class Reclaimed(Event):
         promised: bytes that the footprints of the evicted models promised.
         freed: bytes that the gauge really fell by; negative where something else grew meanwhile.
         models: how many were evicted.
+        collected: whether cycles were collected for it (``duration`` includes that, and giving heap back).
     """
 
     promised: int = 0
     freed: int = 0
     models: int = 0
+    collected: bool = False
 
     def _details(self) -> list[str]:
         promised, freed = format_bytes(self.promised), format_bytes(self.freed)

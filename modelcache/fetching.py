@@ -35,6 +35,7 @@ class InPlace:
 
     path: Path
     size: int
+    version: str
 
 
 class Trip(Generic[T]):
@@ -127,16 +128,27 @@ class Fetcher(Generic[T]):
         """Return the artifact on this machine, fetched where it was not."""
         flight.state = "fetching"
         held = self.shelf.open(flight.model)
-        if held is not None:
+        if held is not None and not flight.refresh:
             return held
+        try:
+            return self._from_source(flight, held)
+        except BaseException:
+            if held is not None:
+                self.shelf.release(held)
+            raise
+
+    def _from_source(self, flight: Flight[T], held: Held | None) -> Held | InPlace:
+        """Fetch what the source has now, unless that is what is held."""
         least = 0
         restarts = 0
         while True:
             artifact = self.source.find(flight.model)
             if artifact.path is not None:
-                return InPlace(artifact.path, artifact.size)
+                return InPlace(artifact.path, artifact.size, artifact.version)
+            if held is not None and artifact.version == held.version:
+                return held
             try:
-                return self._fetch(flight, artifact, least)
+                fresh = self._fetch(flight, artifact, least)
             except ArtifactChanged:
                 restarts += 1
                 if restarts >= _RESTARTS:
@@ -145,6 +157,10 @@ class Fetcher(Generic[T]):
                 least = contention.need
                 with self.guard:
                     self.guard.wait(RECHECK)
+            else:
+                if held is not None:
+                    self.shelf.release(held)
+                return fresh
 
     def _fetch(self, flight: Flight[T], artifact: Artifact, least: int) -> Held:
         started = time.monotonic()
@@ -178,6 +194,7 @@ class Fetcher(Generic[T]):
         except BaseException:
             self.shelf.discard(staging)
             raise
+        flight.fetch_seconds = record.fetch_seconds
         with self.guard:
             self.counters.fetches += 1
             self.counters.fetched_bytes += artifact.size

@@ -15,6 +15,7 @@ from modelcache.events import Reason
 from modelcache.guard import Guard
 from modelcache.identity import me
 from modelcache.memory.entries import Entry, Lease
+from modelcache.memory.measuring import Scale
 
 T = TypeVar("T")
 
@@ -60,6 +61,9 @@ class Flight(Generic[T]):
         refusal: what stands in the way while it waits for room.
         cancelled: told to stop as soon as it can.
         thread: identity of the thread that runs it.
+        fetch_seconds: what the fetch took; 0 where the artifact was there.
+        refresh: whether the source is asked although the artifact is there.
+        scale: what its load is weighed with; None before that.
     """
 
     def __init__(self, model: str, *, to_memory: bool, reason: Reason, parent: "Flight[T] | None") -> None:
@@ -78,6 +82,9 @@ class Flight(Generic[T]):
         self.refusal: NoRoom | None = None
         self.cancelled = False
         self.thread: object = None
+        self.fetch_seconds = 0.0
+        self.refresh = False
+        self.scale: Scale | None = None
         self.landing = threading.Event()
         self.done = threading.Event()
 

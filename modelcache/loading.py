@@ -4,7 +4,6 @@ The order matters: fetch first, make room last, so that nothing is evicted for a
 be there. Who waits for a flight is ``flights``, who runs it ``workers``; the first half is ``fetching``.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Generic, TypeVar
 
 import attrs
 
-from modelcache import heap
 from modelcache.disk.shelf import Held, Shelf
 from modelcache.errors import CacheClosed, LoadFailed, ModelCacheError, NoRoom, Timeout
 from modelcache.events import Failed, Loaded, Reason
 from modelcache.fetching import Fetcher, InPlace, Trip, check_cancelled
 from modelcache.flights import Cancelled, Flight, Flights, announce, clear_frames, current
 from modelcache.guard import Guard
+from modelcache.history import History
 from modelcache.memory.admission import Admission
 from modelcache.memory.entries import Entry
-from modelcache.memory.footprints import measured
+from modelcache.memory.footprints import Plan
+from modelcache.memory.measuring import Measuring
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import Limits, MemoryTier
@@ -30,7 +30,6 @@ from modelcache.telling import Teller, complain, text_of
 
 T = TypeVar("T")
 
-_GARBAGE = 4 * 2**20  # bytes above the expected footprint from which on a load's garbage is given back first
 _PASSED_ON = (NoRoom, Timeout, CacheClosed)  # what a loader's part met is as true of the whole
 
 
@@ -44,7 +43,9 @@ class Loader(Generic[T]):
         tier: settings and gauge of the memory tier.
         residents: who is in memory.
         admission: makes room there.
-        room: looks at limits that could not be met before.
+        room: looks at limits that could not be met before, and makes room for a load that ran out of memory.
+        measuring: weighs loads.
+        history: what is remembered beside the artifact.
         unloader: carries out what leaves.
         flights: who waits.
         guard: the cache's lock.
@@ -61,6 +62,8 @@ class Loader(Generic[T]):
     residents: Residents[T]
     admission: Admission[T]
     room: Room[T]
+    measuring: Measuring[T]
+    history: History[T]
     unloader: Unloader[T]
     flights: Flights[T]
     guard: Guard
@@ -144,33 +147,51 @@ class Loader(Generic[T]):
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:
         """Make room, load and land; from then on the entry keeps what was found."""
-        guess, given = self._guess(flight.model, found)
+        given = self._given(flight.model, found)
+        self.history.recall(flight.model, found)
         with self.guard:
-            need = self.residents.footprints.expected(flight.model) or guess
+            plan = self.residents.footprints.plan(flight.model, found.size, given)
         check_cancelled(flight)
         trip = Trip(flight, self.flights, self.residents)
-        before, churn = self.admission.admit(trip, flight, need)
+        limits, churn = self.admission.admit(trip, flight, plan)
         flight.state = "loading"
-        modules = len(sys.modules)  # what a loader imports is the process's, not the model's
+        scale = self.measuring.begin(plan, churn, limits.reading)
+        flight.scale = scale
         started = time.monotonic()
-        value = self._call(flight.model, found.path)
+        value = self._load(flight, plan, found.path)
         duration = time.monotonic() - started
-        after = self._read_after(before, need)
+        measured, reading = self.measuring.end(scale, found.path)
+        limits = attrs.evolve(limits, reading=reading)
         with self.guard:
-            alone = churn == self.residents.churn and len(self.residents.reserved) == 1 and modules == len(sys.modules)
-            size, sure = measured(guess, before, after, alone=alone) or (need, need != guess)
+            known = self.residents.footprints.learn(flight.model, found.size, measured, duration)
             keeps = found if isinstance(found, Held) else None
-            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure or given, keeps=keeps)
+            sure = known.resident is not None or known.given
+            entry = Entry(self.residents, flight.model, value, known.in_use, duration, sure=sure, keeps=keeps)
+            entry.version = found.version
             del value
             del self.residents.reserved[flight]
             self.residents.churn += 1
+            self._book(flight, entry, limits)
             self.residents.insert(entry)
             self.flights.land(flight, entry)
-            self.fetcher.counters.loads += 1
-            self.fetcher.counters.load_seconds += duration
             if self.closed():
                 self.residents.condemn(entry, Reason.CLOSE)
-        return entry, after
+        return entry, limits
+
+    def _book(self, flight: Flight[T], entry: Entry[T], limits: Limits) -> None:
+        """Book a load that ended well, before it lands; the guard is held."""
+        residents, counters = self.residents, self.fetcher.counters
+        counters.loads += 1
+        counters.load_seconds += entry.cost
+        waited = entry.cost + flight.fetch_seconds
+        reload = residents.lives.came(entry.model, entry.bytes, waited, residents.tracked())
+        residents.thrash.loaded(time.monotonic(), entry.model, waited, reload=reload)
+        if limits.reading is not None:
+            residents.deficit = max(residents.deficit, limits.reading.used - limits.high, 0)
+        parent = flight.parent
+        if parent is not None and parent.scale is not None and flight.scale is not None:
+            parent.scale.parts += entry.bytes
+            parent.scale.moves += 2 + flight.scale.moves  # its admission and its landing
 
     def _after_landing(self, flight: Flight[T], entry: Entry[T], after: Limits) -> None:
         """Tell, and look at what the landing makes due."""
@@ -178,10 +199,16 @@ class Loader(Generic[T]):
         self.teller.tell([self._loaded(flight, entry.bytes, entry.cost, after)])
         if self.residents.over:
             self.room.enforce()
+        self.history.store(entry)
         with self.guard:
-            late = entry.doomed is Reason.CLOSE and self.residents.retire(entry, Reason.CLOSE)
-        if late:
-            self.unloader.carry_out([entry])
+            late = [
+                other
+                for other in self.residents.entries()
+                if other.model == entry.model
+                and other.doomed in {Reason.CLOSE, Reason.REPLACED}
+                and self.residents.retire(other, other.doomed)
+            ]
+        self.unloader.carry_out(late)
 
     def _loaded(self, flight: Flight[T], size: int, duration: float, after: Limits) -> Loaded:
         return Loaded(
@@ -198,22 +225,10 @@ class Loader(Generic[T]):
             low=after.low,
         )
 
-    def _read_after(self, before: Limits, need: int) -> Limits:
-        """Read the gauge after a load, without the load's own garbage where it left more than was expected."""
-        try:
-            after = self.tier.limits()
-        except BaseException as error:  # noqa: BLE001 - a gauge must not cost the model that was just loaded
-            complain("the gauge raised after a load", error=error)
-            return before
-        if before.reading and after.reading and after.reading.used - before.reading.used > need + _GARBAGE:
-            heap.give_back()
-            after = self.tier.limits()
-        return after
-
-    def _guess(self, model: str, found: Held | InPlace) -> tuple[int, bool]:
-        """Return the bytes that a model will take as far as can be told before loading it, and if the user says so."""
+    def _given(self, model: str, found: Held | InPlace) -> int | None:
+        """Return the bytes that the user says a model will take; None where nothing is said."""
         if self.size_of is None:
-            return found.size, False
+            return None
         try:
             size = self.size_of(model, found.path)
         except BaseException as error:
@@ -226,7 +241,18 @@ class Loader(Generic[T]):
                 f"size_of of model {model!a} returned {size!r}: it must return bytes, an int of 0 or more",
                 model=model,
             )
-        return size, True
+        return size
+
+    def _load(self, flight: Flight[T], plan: Plan, path: Path) -> T:
+        """Load, and once more, with more room, where memory ran out."""
+        try:
+            return self._call(flight.model, path)
+        except LoadFailed as error:
+            if not isinstance(error.__cause__, MemoryError):
+                raise
+        self.room.make(plan.peak, flight.model)
+        check_cancelled(flight)
+        return self._call(flight.model, path)
 
     def _call(self, model: str, path: Path) -> T:
         """Run the user's loader."""

@@ -21,17 +21,22 @@ from modelcache.events import Hit, Missed, Reason
 from modelcache.fetching import Fetcher
 from modelcache.flights import Flight, Flights
 from modelcache.guard import Guard
+from modelcache.history import History
 from modelcache.hooks import Hooks
 from modelcache.identity import me
 from modelcache.loading import Loader
 from modelcache.memory.admission import Admission
+from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry, Lease
 from modelcache.memory.evicting import Evictor
+from modelcache.memory.garbage import Garbage
+from modelcache.memory.measuring import Measuring
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import MemoryTier
 from modelcache.memory.unloading import Unloader
 from modelcache.monitor import Monitor
+from modelcache.peaks import PeakMeter
 from modelcache.policies import Guarded
 from modelcache.sources import Source, source_from
 from modelcache.telling import Teller
@@ -71,9 +76,17 @@ class Machinery(Generic[T]):
         self.ended: Callable[[], None] = lambda: None
         self._inherited: list[Entry[T]] | None = None
         self.residents: Residents[T] = Residents(self.memory.policy, lookup, self._hit, self._released)
-        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller)
-        self.evictor: Evictor[T] = Evictor(self.memory, self.unloader, self.teller)
-        self.room: Room[T] = Room(self.memory, self.residents, self.guard, self.unloader, self.evictor)
+        garbage = Garbage()
+        choosing: Choosing[T] = Choosing(self.residents, self.memory.policy)
+        self.history: History[T] = History(self.residents, self.memory.policy, self.guard)
+        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller, garbage)
+        self.evictor: Evictor[T] = Evictor(self.memory, self.residents, self.guard, self.unloader, self.teller)
+        self.room: Room[T] = Room(
+            self.memory, self.residents, choosing, self.guard, self.unloader, self.evictor, garbage, self.teller
+        )
+        admission: Admission[T] = Admission(
+            self.memory, self.residents, choosing, self.guard, self.evictor, self.unloader, garbage
+        )
         self.disk.bind(self.source.url, self._disk_retuned)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
@@ -89,8 +102,10 @@ class Machinery(Generic[T]):
             shelf=self.shelf,
             tier=self.memory,
             residents=self.residents,
-            admission=Admission(self.memory, self.residents, self.guard, self.evictor, self.unloader),
+            admission=admission,
             room=self.room,
+            measuring=Measuring(self.memory, self.residents, garbage, PeakMeter()),
+            history=self.history,
             unloader=self.unloader,
             flights=self.flights,
             guard=self.guard,
@@ -167,6 +182,7 @@ class Machinery(Generic[T]):
 
     def _let_go(self, entry: Entry[T]) -> None:
         """Give back what an entry kept on disk, now that it has left memory."""
+        self.history.store(entry)
         held, entry.keeps = entry.keeps, None
         if isinstance(held, Held):
             self.shelf.release(held)

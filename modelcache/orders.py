@@ -84,16 +84,16 @@ class Orders:
             self._parts.residents.drain()
             if reason is Reason.DELETE:
                 self._parts.flights.forgive(model)
-            entry = self._parts.residents.resident.get(model) or self._parts.residents.doomed.get(model)
+            entries = [entry for entry in self._parts.residents.entries() if entry.model == model]
             leaving = any(other.model == model for other in self._parts.residents.leaving)
-            retired = entry is not None and self._parts.residents.doom(entry, reason)
-        if entry is not None and retired:
-            self._parts.unloader.carry_out([entry])
-        gone = not leaving and (entry is None or retired)
-        if reason is Reason.DELETE and entry is None:
+            retired = [entry for entry in entries if self._parts.residents.doom(entry, reason)]
+            gone = not leaving and len(retired) == len(entries)
+        self._parts.unloader.carry_out(retired)
+        if reason is Reason.DELETE and not entries:
             gone = self._parts.shelf.delete(model) and gone
             with self._parts.guard:
                 self._parts.residents.footprints.forget(model)
+                self._parts.residents.lives.forget(model)
         self._parts.finish()
         self._parts.pass_on()
         return gone and not (reason is Reason.DELETE and self._on_disk(model))

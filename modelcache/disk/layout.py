@@ -5,6 +5,7 @@
     <path>/modelcache.json                         {"format": 1}
     <path>/models/<readable>-<hash>.<generation>/  one published artifact, whole or not there
         record.json                                what it is (``Record``)
+        figures.json                               what it takes in memory (``disk.figures``)
         artifact/                                  what the loader gets, or the single file in it
     <path>/tmp/<process>/                          what one live process stages or removes
 

@@ -18,7 +18,7 @@ from modelcache.disk.store import Published, Store
 from modelcache.guard import Guard
 
 _log = logging.getLogger("modelcache")
-_OVERHEAD = 3 * BLOCK  # the published folder, artifact/ in it, and the record
+_OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
 
 
 @attrs.define(eq=False)
@@ -37,6 +37,11 @@ class Held:
     def size(self) -> int:
         """Bytes of the artifact's files."""
         return self.item.published.record.size
+
+    @property
+    def version(self) -> str:
+        """The source's version of it."""
+        return self.item.published.record.version
 
 
 class Shelf:

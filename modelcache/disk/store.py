@@ -23,6 +23,7 @@ from pathlib import Path
 
 import attrs
 
+from modelcache.disk import figures
 from modelcache.disk.files import allocated, make_folder, same, sync, sync_tree
 from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record, is_published
 from modelcache.disk.pins import Pin, Pins
@@ -139,7 +140,7 @@ class Store:
         return folder
 
     def seal(self, staged: Path, record: Record) -> int:
-        """Write the record of a staged folder, bring all of it to the disk, return the bytes allocated for it.
+        """Write the record of a staged folder and bring all of it to the disk; return the bytes allocated for it.
 
         Raises:
             OSError: the disk is full, or broken.
@@ -147,6 +148,7 @@ class Store:
         text = staged / RECORD
         text.write_text(record.to_json())
         text.chmod(self.mode & 0o666)
+        figures.reserve(staged, self.mode)
         sync_tree(staged)
         return allocated(staged)
 

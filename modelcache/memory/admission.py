@@ -1,16 +1,19 @@
 """Room for a newcomer: just enough is evicted, and who can't be served waits in line.
 
-It acts, outside the guard, on what ``memory.residents`` decides under it. Limits that are lowered, and growth from
+It acts, outside the guard, on what ``memory.choosing`` decides under it. Limits that are lowered, and growth from
 outside, are ``memory.room``.
 """
 
+import time
 from typing import Generic, Protocol, TypeVar
 
-from modelcache import heap
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Reason
 from modelcache.guard import Guard
-from modelcache.memory.evicting import FUTILE, Evictor
+from modelcache.memory.choosing import Choosing
+from modelcache.memory.evicting import Evictor
+from modelcache.memory.footprints import Plan
+from modelcache.memory.garbage import Garbage
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
@@ -18,6 +21,8 @@ from modelcache.memory.unloading import Unloader
 from modelcache.units import format_bytes, format_holders
 
 T = TypeVar("T")
+
+_PATIENCE = 2.0  # seconds for which a load that is to be measured waits to be alone, and for which others leave it so
 
 
 class Applicant(Protocol):
@@ -61,23 +66,35 @@ class Admission(Generic[T]):
 
     Args:
         tier: settings and gauge.
-        residents: the decisions.
+        residents: who is in memory.
+        choosing: the decisions.
         guard: the cache's lock.
         evictor: carries out evictions.
-        unloader: collects and gives heap back.
+        unloader: collects cycles.
+        garbage: gives heap back.
     """
 
     def __init__(
-        self, tier: MemoryTier, residents: Residents[T], guard: Guard, evictor: Evictor[T], unloader: Unloader[T]
+        self,
+        tier: MemoryTier,
+        residents: Residents[T],
+        choosing: Choosing[T],
+        guard: Guard,
+        evictor: Evictor[T],
+        unloader: Unloader[T],
+        garbage: Garbage,
     ) -> None:
         self._tier = tier
         self._residents = residents
+        self._choosing = choosing
         self._guard = guard
         self._evictor = evictor
         self._unloader = unloader
+        self._garbage = garbage
+        self._solo: tuple[object, float] = (None, 0.0)  # who loads alone now, and until when others leave it so
 
-    def admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
-        """Reserve ``need`` bytes under ``token``, evicting just enough; who waits is served in turn.
+    def admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
+        """Reserve what ``plan`` says under ``token``, evicting just enough; who waits is served in turn.
 
         Returns:
             The reading that allowed it, and what ``residents.churn`` is as long as nothing else moves.
@@ -87,71 +104,109 @@ class Admission(Generic[T]):
             NoRoom: what is in the way is leased, or is not the cache's.
         """
         try:
-            return self._admit(applicant, token, need)
+            return self._admit(applicant, token, plan)
         finally:
             with self._guard:
                 self._residents.line.pop(token, None)
                 self._residents.update_short()
                 self._guard.notify()
 
-    def _admit(self, applicant: Applicant, token: object, need: int) -> tuple[Limits, int]:
-        residents, futile, most, rows = self._residents, 0, 1, 0
+    def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
+        residents, most, rows, bare = self._residents, 1, 0, False
+        since = time.monotonic()
         while True:
             churn = residents.churn
             applicant.state = "loading"
             limits = self._tier.limits()
-            _refuse_too_large(applicant.model, need, limits)
+            _refuse_too_large(applicant.model, plan, limits)
             with self._guard:
                 residents.drain()
-                shortage = residents.shortage(limits, need, 1)
+                shortage = self._choosing.newcomer(limits, plan.resident if bare else plan.peak, plan.resident)
                 turn = applicant.nested or next(iter(residents.line), token) is token
-                if turn and shortage.fits and not self._leaving(applicant, applicant.model):
-                    residents.reserved[token] = need
+                clear = self._clear(token, plan, since, nested=applicant.nested)
+                if turn and clear and shortage.fits and not self._leaving(applicant, applicant.model):
+                    residents.reserved[token] = plan
+                    if plan.alone:
+                        self._solo = (token, time.monotonic() + _PATIENCE)
                     applicant.refused(None)
                     residents.churn += 1
                     return limits, churn + 1
                 looked = token in residents.line  # only from now on a release sees that somebody waits
                 residents.line[token] = None
                 residents.update_short()
-                victims = residents.choose(shortage, most) if looked and turn and futile < FUTILE else []
-                told = self._evictor.evicted(victims, shortage, applicant.model)
+                stopped = shortage.over_high > 0 and self._evictor.stopped()
+                able = looked and turn and clear and not stopped
+                victims = self._choosing.choose(shortage, most, whole=True) if able else []
+                self._evictor.announce(victims, shortage, applicant.model)
                 if looked and not victims:
-                    rows, futile = rows + (futile >= FUTILE), 0
-                    self._wait(applicant, need, shortage, turn=turn, last=rows > 1)
+                    bare = bare or self._may_go_bare(applicant, plan, limits, turn=turn)
+                    if not bare or not self._choosing.newcomer(limits, plan.resident, plan.resident).fits:
+                        rows = rows + 1 if stopped else 0
+                        self._wait(applicant, plan, shortage, turn=turn, rows=rows)
             if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
-                self._unloader.collect(now=True)
-                heap.give_back()
+                self._unloader.collect(urgent=True)
+                self._garbage.give_back()
             if victims:
                 most *= 2
-                futile = 0 if self._evictor.evict(victims, told, limits, shortage.reason) else futile + 1
+                self._evictor.evict(victims, limits, shortage.reason)
+                if shortage.over_high > 0:
+                    self._unloader.collect(urgent=True)
+
+    def _clear(self, token: object, plan: Plan, since: float, *, nested: bool) -> bool:
+        """Whether nobody is to be left alone: neither another load that is measured, nor, by others, this one.
+
+        Bounded, as a loader may wait for a thread that waits here.
+        """
+        now = time.monotonic()
+        owner, until = self._solo
+        if owner is not None and (owner not in self._residents.reserved or now >= until):
+            self._solo = owner, until = None, 0.0
+        if nested or token is owner:
+            return True
+        if owner is not None:
+            return False
+        return not plan.alone or not self._residents.reserved or now - since >= _PATIENCE
+
+    def _may_go_bare(self, applicant: Applicant, plan: Plan, limits: Limits, *, turn: bool) -> bool:
+        """Whether a load whose peak alone is in the way may go on all the same: nothing else can make it fit.
+
+        Where the peak was measured it must stay below the limit itself.
+        """
+        residents = self._residents
+        others = residents.holding_threads() or residents.reserved or self._leaving(applicant)
+        if not turn or others or limits.reading is None:
+            return False
+        return not plan.peak_sure or limits.reading.used + plan.peak <= limits.reading.limit
 
     def _leaving(self, applicant: Applicant, model: str | None = None) -> bool:
         """Whether some model (or this one) is being unloaded by a thread that does not wait for the applicant."""
         waiting = applicant.threads()
         return any(entry.retirer not in waiting and model in {None, entry.model} for entry in self._residents.leaving)
 
-    def _wait(self, applicant: Applicant, need: int, shortage: Shortage, *, turn: bool, last: bool) -> None:
+    def _wait(self, applicant: Applicant, plan: Plan, shortage: Shortage, *, turn: bool, rows: int) -> None:
         """Wait for something to change; the guard is held.
 
         Raises:
-            NoRoom: nothing will, or (``last``) evicting did not help twice over.
+            NoRoom: nothing will, or evictions still rest (``rows``) since they did not help.
             Cancelled: it was told to stop, or nobody waits for it any more.
         """
         applicant.state = "waiting for room"
         applicant.check()
-        refusal = self._no_room(applicant.model, need, shortage)
-        lost = not self._residents.idle() and not self._leaving(applicant) and applicant.hopeless()
+        refusal = self._no_room(applicant.model, shortage)
+        lost = not shortage.fits and not rows and (turn or not self._residents.idle())
+        lost = lost and not self._leaving(applicant) and applicant.hopeless()
         own = applicant.own_threads() & self._residents.holding_threads()
         mine = turn or bool(own)  # else the head of the line decides
-        if last or (lost and mine):
+        if rows > 1 or (lost and mine):
             raise refusal
         applicant.refused(refusal)
-        self._guard.wait(self._tier.interval)
+        self._guard.wait(min(self._tier.interval, _PATIENCE) if plan.alone or self._solo[0] else self._tier.interval)
 
-    def _no_room(self, model: str, need: int, shortage: Shortage) -> NoRoom:
+    def _no_room(self, model: str, shortage: Shortage) -> NoRoom:
         """Return the error that says what is in the way; the guard is held."""
         holders = self._residents.holders()
         figures = shortage.figures
+        need = figures["need"]
         show = str if shortage.reason is Reason.MAX_MODELS else format_bytes
         setting = f"memory.{_SETTING[shortage.reason]}"
         if shortage.fits:
@@ -163,7 +218,7 @@ class Admission(Generic[T]):
         else:
             why = f"that is the process without any model: raise {setting} well above it"
         return NoRoom(
-            f"no room in memory for {model!a}: it needs {format_bytes(need)}, {setting} allows "
+            f"no room in memory for {model!a}: it needs {show(need)}, {setting} allows "
             f"{show(figures['high'])} and {show(figures['used'])} are used; {why}",
             model=model,
             tier="memory",
@@ -181,17 +236,17 @@ _SETTING = {
 }
 
 
-def _refuse_too_large(model: str, need: int, limits: Limits) -> None:
+def _refuse_too_large(model: str, plan: Plan, limits: Limits) -> None:
     bounds = [("budget", limits.budget)] if limits.budget is not None else []
     if limits.reading is not None:
         bounds.append(("high", limits.high))
     for setting, bound in bounds:
-        if need > bound:
+        if plan.resident > bound:
             raise TooLarge(
-                f"model {model!a} needs {format_bytes(need)} of memory, more than memory.{setting} = "
+                f"model {model!a} needs {format_bytes(plan.resident)} of memory, more than memory.{setting} = "
                 f"{format_bytes(bound)} allows with nothing else loaded: raise it, or serve the model elsewhere",
                 model=model,
                 tier="memory",
-                need=need,
+                need=plan.resident,
                 limit=bound,
             )

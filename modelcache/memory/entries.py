@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 from modelcache.errors import ModelCacheError
-from modelcache.events import Reason
+from modelcache.events import Evicted, Reason
 from modelcache.identity import here, me
 
 T = TypeVar("T")
@@ -36,18 +36,24 @@ class Entry(Generic[T]):
         cost: seconds that the load took.
         doomed: why it goes with its last hold; None while it stays.
         reason: why it went.
+        farewell: the event that tells of its eviction, once its unload begins; None where it is no eviction.
+        begun: whether its unload has begun, after which nobody takes it back.
         retirer: identity of the thread that carries its departure out.
         inherited: loaded before a fork, so that dropping it gives nothing back.
         keeps: what must stay open as long as it is in memory: its pin on the disk tier.
         hits: lookups that found it, booked when the uses are drained.
-        used: seconds since the epoch of its last use, booked likewise.
+        used: seconds since the epoch of its last use, booked likewise; ``tick``: the same, monotonic.
+        version: the source's version of what it was loaded from; None where that is not known.
+        warned: whether the age of a lease on it was told.
     """
 
     __slots__ = (
+        "begun",
         "bytes",
         "cost",
         "desk",
         "doomed",
+        "farewell",
         "hits",
         "holds",
         "inherited",
@@ -58,8 +64,11 @@ class Entry(Generic[T]):
         "retirer",
         "seen",
         "sure",
+        "tick",
         "used",
         "value",
+        "version",
+        "warned",
     )
 
     def __init__(
@@ -76,11 +85,16 @@ class Entry(Generic[T]):
         self.cost = cost
         self.doomed: Reason | None = None
         self.reason: Reason | None = None
+        self.farewell: Evicted | None = None
+        self.begun = False
         self.retirer: object = None
         self.inherited = False
         self.keeps = keeps
         self.hits = 0
         self.used = time.time()
+        self.tick = time.monotonic()
+        self.version: str | None = None
+        self.warned = False
 
     def ages(self) -> list[float]:
         """Return how long each hold has been seen, in seconds; the guard is held.

@@ -1,13 +1,16 @@
-"""One batch of evictions: tell, unload, give heap back, measure what really came back.
+"""One batch of evictions: tell, unload, give heap back, measure what really came back, judge whether it helped.
 
-Whom it hits is decided in ``memory.residents``; why a batch is needed, in ``memory.admission`` and ``memory.room``.
+Whom it hits is decided in ``memory.choosing``; why a batch is needed, in ``memory.admission`` and ``memory.room``.
 """
 
 import time
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from modelcache.events import Event, Evicted, Reason, Reclaimed
+from modelcache.events import Evicted, Pressure, Reason, Reclaimed
+from modelcache.guard import Guard
 from modelcache.memory.entries import Entry
+from modelcache.memory.futility import Futility
+from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
@@ -15,8 +18,7 @@ from modelcache.telling import Teller
 
 T = TypeVar("T")
 
-FUTILE = 3
-"""Batches in a row that free less than a tenth of what they promised, after which more won't help."""
+_REST = 30.0  # intervals of the monitor for which evictions rest that did not help
 
 
 class Evictor(Generic[T]):
@@ -24,64 +26,98 @@ class Evictor(Generic[T]):
 
     Args:
         tier: settings and gauge.
+        residents: keeps the book.
+        guard: the cache's lock.
         unloader: carries out what leaves.
         teller: takes events, outside the guard.
 
     Attributes:
-        count: models evicted so far.
+        futility: what the latest evictions were good for; the guard is held.
     """
 
-    def __init__(self, tier: MemoryTier, unloader: Unloader[T], teller: Teller) -> None:
+    def __init__(
+        self, tier: MemoryTier, residents: Residents[T], guard: Guard, unloader: Unloader[T], teller: Teller
+    ) -> None:
         self._tier = tier
+        self._residents = residents
+        self._guard = guard
         self._unloader = unloader
         self._teller = teller
-        self.count = 0
+        self.futility = Futility(_REST * tier.interval)
 
-    def evicted(self, victims: list[Entry[T]], shortage: Shortage, for_model: str | None) -> list[Event]:
-        """Return the events of a batch that was just decided; what was to leave anyway is no eviction."""
-        return [self._evicted(entry, shortage, for_model) for entry in victims if not entry.doomed]
+    def stopped(self) -> bool:
+        """Whether evictions for the watermark rest, as they did not help; the guard is held."""
+        return self.futility.stopped(time.monotonic())
 
-    def _evicted(self, entry: Entry[T], shortage: Shortage, for_model: str | None) -> Event:
-        self.count += 1
-        return Evicted(
-            seq=self._teller.number(),
-            time=time.time(),
-            model=entry.model,
-            tier="memory",
-            reason=shortage.reason,
-            bytes=entry.bytes,
-            for_model=for_model,
-            **shortage.figures,
-        )
+    def announce(self, victims: list[Entry[T]], shortage: Shortage, for_model: str | None) -> None:
+        """Give victims that were just chosen the event that tells of them; what was to leave anyway has none."""
+        for entry in victims:
+            if not entry.doomed:
+                entry.farewell = Evicted(
+                    seq=self._teller.number(),
+                    time=time.time(),
+                    model=entry.model,
+                    tier="memory",
+                    reason=shortage.reason,
+                    bytes=entry.bytes,
+                    for_model=for_model,
+                    **shortage.figures,
+                )
 
-    def carry_out(self, victims: list[Entry[T]], told: list[Event]) -> None:
+    def carry_out(self, victims: list[Entry[T]]) -> None:
         """Tell and unload, without a look at the gauge."""
-        self._teller.tell(told)
         self._unloader.carry_out(victims)
 
-    def evict(self, victims: list[Entry[T]], told: list[Event], before: Limits, reason: Reason) -> bool:
-        """Unload a batch, give heap back, measure; return whether it freed a fair share of what it promised."""
+    def evict(self, victims: list[Entry[T]], before: Limits, reason: Reason) -> None:
+        """Unload a batch, give heap back, measure, and tell what came back."""
         started = time.monotonic()
         promised = sum(0 if entry.inherited else entry.bytes for entry in victims)
-        count = len(victims)
-        self._teller.tell(told)
-        self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
+        models = [entry.model for entry in victims]
+        with self._guard:
+            explained = sum(plan.peak for plan in self._residents.reserved.values())
+        collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
         after = self._tier.limits()
         if before.reading is None or after.reading is None:
-            return True
-        freed = before.reading.used - after.reading.used
+            return
         event = Reclaimed(
             seq=self._teller.number(),
             time=time.time(),
             tier="memory",
+            reason=reason,
             duration=time.monotonic() - started,
-            used=after.reading.used,
-            limit=after.reading.limit,
-            high=after.high,
-            low=after.low,
             promised=promised,
-            freed=freed,
-            models=count,
+            freed=before.reading.used - after.reading.used,
+            models=len(models),
+            collected=collected,
+            **_figures(after),
         )
-        self._teller.tell([event])
-        return (freed > 0 and freed * 10 >= promised) or reason is not Reason.WATERMARK
+        pressure = None
+        with self._guard:
+            self._residents.lives.reclaimed(models, event)
+            if reason is Reason.WATERMARK and promised:
+                freed, now = event.freed, time.monotonic()
+                if self.futility.judge(promised, freed, explained, after.high, now):
+                    pressure = self._pressure(after)
+        self._teller.tell([event] if pressure is None else [event, pressure])
+
+    def _pressure(self, limits: Limits) -> Pressure:
+        """Return the event of an episode that begins; the guard is held."""
+        lingering = self._residents.lingering.bytes()
+        used = limits.reading.used if limits.reading else 0
+        return Pressure(
+            seq=self._teller.number(),
+            time=time.time(),
+            tier="memory",
+            reason=Reason.FUTILE,
+            promised=self.futility.promised,
+            freed=self.futility.freed,
+            lingering=lingering,
+            foreign=max(used - self._residents.tracked() - lingering, 0),
+            **_figures(limits),
+        )
+
+
+def _figures(limits: Limits) -> dict[str, Any]:
+    reading = limits.reading
+    assert reading is not None  # noqa: S101 - for the type checker
+    return {"used": reading.used, "limit": reading.limit, "high": limits.high, "low": limits.low}

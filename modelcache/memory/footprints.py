@@ -1,52 +1,185 @@
-"""What a model takes in memory: measured around its load, remembered after it left.
+"""What a model takes in memory, resident and at its peak: estimated before it was measured, learned over its loads.
 
-Before the first load it is guessed from the artifact, or said by the user (``loading``). Figures are of this
-process, and of loads beside which nothing else was loaded or unloaded.
+How one load is measured is ``memory.measuring``. Here: which figure is in use, how later measurements are blended
+in, which of them are distrusted, and what the artifacts of this cache usually become in memory. Every method runs
+under the cache's guard.
 """
 
-from modelcache.memory.tier import Limits
+import math
+from collections import deque
 
-_NOISE = 2**20  # bytes by which a process grows and shrinks on its own, so that less measures nothing
+import attrs
+
+NOISE = 2**20
+"""Bytes by which a process grows and shrinks on its own, so that less measures nothing."""
+
+_SMALL = 8 * NOISE  # an estimate above this is no small model's
+_DISTRUSTED = 3  # doubtful measurements in a row after which the next load of that model runs alone
+_ENOUGH = 8  # clean measurements from which on the ratios of this cache are known well
+_LEARNED = 64  # loads that the ratios are taken from
+_BLEND = 0.3  # weight of a new figure that is below the known one; a higher one counts at once
+_CAUTIOUS = 0.9  # share of the learned peaks that the estimate of a peak is to cover
+
+
+@attrs.frozen
+class Measurement:
+    """What one load took, in bytes.
+
+    Attributes:
+        resident: what used memory grew by, its parts (models that its loader asked for) taken off.
+        peak: what it grew by at its highest, likewise; at least ``resident``.
+        clean: whether nothing else was loaded, unloaded or imported meanwhile.
+    """
+
+    resident: int
+    peak: int
+    clean: bool
+
+
+@attrs.frozen
+class Plan:
+    """What a load is expected to take, in bytes.
+
+    Attributes:
+        resident: once it is loaded.
+        peak: while it loads; at least ``resident``.
+        sure: whether that was measured, or given by the user, rather than guessed from the artifact.
+        peak_sure: whether the peak was measured.
+        alone: whether it should run alone, so that it can be measured.
+        first: whether it was never measured.
+    """
+
+    resident: int
+    peak: int
+    sure: bool = False
+    peak_sure: bool = False
+    alone: bool = False
+    first: bool = True
+
+
+@attrs.frozen
+class Known:
+    """What is known of one model, in bytes and seconds; replaced as a whole.
+
+    Attributes:
+        estimate: what was expected before any measurement.
+        given: whether ``estimate`` is the user's word.
+        resident: measured, blended; None: never measured cleanly.
+        peak: measured, blended; None: never.
+        doubtful: the last measurement made while others loaded; None: none since the last clean one.
+        distrusted: such measurements in a row.
+        seconds: of its loads, blended; 0: none yet.
+    """
+
+    estimate: int = 0
+    given: bool = False
+    resident: int | None = None
+    peak: int | None = None
+    doubtful: int | None = None
+    distrusted: int = 0
+    seconds: float = 0.0
+
+    @property
+    def in_use(self) -> int:
+        """The footprint that decisions are made with."""
+        return self.estimate if self.resident is None else self.resident
 
 
 class Footprints:
-    """Footprints and hits of every model that was in memory; the cache's guard is held for each call."""
+    """The figures of every model that was in memory; the cache's guard is held for each call."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[int, int]] = {}
+        self._known: dict[str, Known] = {}
+        self._sizes: deque[float] = deque(maxlen=_LEARNED)  # resident over artifact bytes
+        self._peaks: deque[float] = deque(maxlen=_LEARNED)  # peak over resident bytes
+        self._clean = 0
+        self._doubtful = 0  # doubtful loads in a row, of whatever model
 
-    def expected(self, model: str) -> int | None:
-        """Return the bytes that a model took when it was last in memory; None if it never was."""
-        known = self._known.get(model)
-        return known[0] if known else None
+    def known(self, model: str) -> Known | None:
+        """Return what is known of a model; None if it never was in memory."""
+        return self._known.get(model)
 
-    def hits(self, model: str) -> int:
-        """Return the hits of a model over its earlier loads."""
-        known = self._known.get(model)
-        return known[1] if known else 0
+    def plan(self, model: str, artifact: int, given: int | None) -> Plan:
+        """Return what a load is expected to take.
 
-    def remember(self, model: str, size: int, hits: int) -> None:
-        """Keep the figures of a model that enters or leaves memory."""
-        self._known[model] = (size, hits)
+        Args:
+            model: its id.
+            artifact: bytes of the artifact's files.
+            given: bytes that the user's ``size_of`` says; None where there is none.
+        """
+        known = self._known.get(model, Known())
+        estimate = math.ceil(artifact * _middle(self._sizes, 0.5)) if given is None else given
+        self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None)
+        resident = known.in_use
+        peak = max(known.peak or 0, resident)
+        if known.peak is None:
+            peak = math.ceil(resident * _middle(self._peaks, _CAUTIOUS))
+        unknown = self._clean < _ENOUGH and self._doubtful >= _DISTRUSTED
+        return Plan(
+            resident=resident,
+            peak=max(peak, resident),
+            sure=known.resident is not None or given is not None,
+            peak_sure=known.peak is not None,
+            alone=known.resident is None and (known.distrusted >= _DISTRUSTED or unknown),
+            first=known.resident is None,
+        )
+
+    def learn(self, model: str, artifact: int, measured: Measurement | None, seconds: float) -> Known:
+        """Take in what a load took, and return what is known now.
+
+        Growth below ``NOISE`` says only that the model is small: the estimate stays in use where it is small too, or
+        the user's.
+
+        Args:
+            model: its id.
+            artifact: bytes of the artifact's files.
+            measured: None: it could not be measured.
+            seconds: that the load took.
+        """
+        known = self._known.get(model, Known())
+        blended = seconds if not known.seconds else known.seconds + _BLEND * (seconds - known.seconds)
+        known = attrs.evolve(known, seconds=blended)
+        if measured is not None and measured.clean:
+            known = self._learn_clean(known, artifact, measured)
+        elif measured is not None and known.resident is None:
+            self._doubtful += 1
+            known = attrs.evolve(known, doubtful=measured.resident, distrusted=known.distrusted + 1)
+        self._known[model] = known
+        return known
+
+    def _learn_clean(self, known: Known, artifact: int, measured: Measurement) -> Known:
+        self._clean += 1
+        self._doubtful = 0
+        known = attrs.evolve(known, doubtful=None, distrusted=0)
+        peak = _blend(known.peak, measured.peak) if measured.peak >= NOISE else known.peak
+        if measured.resident < NOISE and (known.given or known.in_use < _SMALL):
+            return attrs.evolve(known, peak=None if peak is None else max(peak, known.in_use))
+        if artifact >= NOISE:
+            self._sizes.append(measured.resident / artifact)
+        if measured.resident >= NOISE:
+            self._peaks.append(measured.peak / measured.resident)
+        resident = _blend(known.resident, max(measured.resident, NOISE))
+        return attrs.evolve(known, resident=resident, peak=max(peak or 0, resident))
+
+    def recall(self, model: str, resident: int | None, peak: int | None, seconds: float) -> None:
+        """Take over what an earlier process measured, unless this one knows better."""
+        known = self._known.get(model, Known())
+        if known.resident is None and not known.seconds:
+            self._known[model] = attrs.evolve(known, resident=resident, peak=peak, seconds=seconds)
 
     def forget(self, model: str) -> None:
-        """Drop what is remembered of a model that is in neither tier."""
+        """Drop what is known of a model that is in neither tier."""
         self._known.pop(model, None)
 
 
-def measured(guess: int, before: Limits, after: Limits, *, alone: bool) -> tuple[int, bool] | None:
-    """Return the footprint of a load in bytes, and whether that is more than a guess; None: it was not measured.
+def _blend(known: int | None, new: int) -> int:
+    """Return a figure that rises at once and falls slowly: heap that was free already makes a load read low."""
+    return new if known is None or new >= known else round(known + _BLEND * (new - known))
 
-    A measurement below what the artifact (or the user) says does not lower it: a mapped model reads low until it
-    is used; growth below ``_NOISE`` says only that the model is small.
 
-    Args:
-        guess: bytes as the artifact, or the user, says.
-        before: a reading before the load.
-        after: a reading after it.
-        alone: whether nothing else was loaded, unloaded or imported meanwhile.
-    """
-    if not alone or before.reading is None or after.reading is None:
-        return None
-    grown = after.reading.used - before.reading.used
-    return (max(grown, guess), True) if grown >= _NOISE else (guess, False)
+def _middle(ratios: deque[float], share: float) -> float:
+    """Return the ratio below which ``share`` of what was learned lies; 1 before anything was."""
+    if not ratios:
+        return 1.0
+    ranked = sorted(ratios)
+    return ranked[min(int(len(ranked) * share), len(ranked) - 1)]

@@ -1,7 +1,8 @@
-"""Which models are in memory, who may have room, and who gives way: the decisions of the memory tier.
+"""Which models are in memory, on their way in, or on their way out.
 
 Every method here runs under the guard and does nothing but decide: what is to be unloaded is returned, and
-``memory.room`` acts. The warm path, which takes no guard, is ``memory.entries``.
+``memory.unloading`` acts. Who gives way to whom is ``memory.choosing``. The warm path, which takes no guard, is
+``memory.entries``.
 """
 
 import time
@@ -12,14 +13,16 @@ from typing import Generic, TypeVar
 from modelcache.events import Reason
 from modelcache.identity import me
 from modelcache.memory.entries import Entry, Lease
-from modelcache.memory.footprints import Footprints
-from modelcache.memory.shortage import Shortage
-from modelcache.memory.tier import Limits
+from modelcache.memory.footprints import Footprints, Plan
+from modelcache.memory.lingering import Lingering
+from modelcache.memory.lives import Lives
+from modelcache.memory.thrash import Thrash
 from modelcache.policies import Policy, Resident
 
 T = TypeVar("T")
 
 _USES = 2**17  # notes of use between two drains; beyond it the oldest are lost, and hit counts read low
+_SPARED = frozenset({Reason.WATERMARK, Reason.MEMORY_BUDGET, Reason.MAX_MODELS, Reason.IDLE, Reason.MEMORY_ERROR})
 _TOLD = 10_000  # uses of one drain that the policy hears of; older ones only count
 
 
@@ -49,10 +52,10 @@ class Residents(Generic[T]):
         self._uses: deque[Entry[T]] = deque(maxlen=_USES)
         self.note: Callable[[Entry[T]], None] = self._uses.append
         self.short = False
-        self.doomed: dict[str, Entry[T]] = {}
+        self.doomed: dict[int, Entry[T]] = {}  # by identity: a replaced version may wait beside its successor
         self.leaving: set[Entry[T]] = set()
         self.orphans: deque[Entry[T]] = deque()
-        self.reserved: dict[object, int] = {}
+        self.reserved: dict[object, Plan] = {}
         self.line: dict[object, None] = {}
         self.over = False
         self.disk_over = False
@@ -62,6 +65,10 @@ class Residents(Generic[T]):
         self.churn = 0
         self._policy = policy
         self.footprints = Footprints()
+        self.lives = Lives()
+        self.lingering = Lingering()
+        self.thrash = Thrash()
+        self.deficit = 0  # bytes above high that loads took beyond what was expected of them
 
     def watch_hits(self, *, told: bool) -> None:
         """Tell each hit, or only note it."""
@@ -86,10 +93,11 @@ class Residents(Generic[T]):
                 break
         if not batch:
             return
-        now = time.time()
+        now, tick = time.time(), time.monotonic()
         for entry, count in Counter(batch).items():
             entry.hits += count
             entry.used = now
+            entry.tick = tick
         self.hits += len(batch)
         self.clock += max(len(batch) - _TOLD, 0)
         for entry in batch[-_TOLD:]:
@@ -111,12 +119,28 @@ class Residents(Generic[T]):
         """Return the footprints of everything in memory, in bytes, unloading included."""
         return sum(entry.bytes for entry in [*self.entries(), *self.leaving])
 
+    def occupied(self) -> int:
+        """Return what is tracked, in bytes, but for what was loaded before a fork, which is the parent's."""
+        return sum(0 if entry.inherited else entry.bytes for entry in [*self.entries(), *self.leaving])
+
+    def count(self) -> int:
+        """Return how many models are in memory, loading and unloading ones included."""
+        return len(self.resident) + len(self.doomed) + len(self.leaving) + len(self.reserved)
+
     def insert(self, entry: Entry[T]) -> None:
-        """Let lookups find a model that was just loaded."""
-        entry.hits += self.footprints.hits(entry.model)
-        self.footprints.remember(entry.model, entry.bytes, entry.hits)
+        """Let lookups find a model that was just loaded; one that it replaces goes with its last lease."""
+        old = self.resident.get(entry.model)
+        if old is not None:
+            self.condemn(old, Reason.REPLACED)
+        life = self.lives.of(entry.model)
+        entry.hits += life.hits if life is not None else 0
+        self._admit(entry)
+
+    def _admit(self, entry: Entry[T]) -> None:
         self.resident[entry.model] = entry
-        self._policy.admitted(Resident(entry.model, entry.bytes, entry.cost))
+        known = self.footprints.known(entry.model)
+        cost = known.seconds if known is not None and known.seconds else entry.cost
+        self._policy.admitted(Resident(entry.model, entry.bytes, cost))
 
     def find(self, model: str, *, stays: bool) -> Entry[T] | None:
         """Return a model that is in memory; ``stays``: rescued where it was to leave with its last lease."""
@@ -125,20 +149,26 @@ class Residents(Generic[T]):
             return entry
         if stays:
             return self.rescue(model)
-        entry = self.doomed.get(model)
-        return None if entry is None or entry.retired else entry
+        return next((entry for entry in self.doomed.values() if entry.model == model and not entry.retired), None)
 
     def rescue(self, model: str) -> Entry[T] | None:
-        """Return a model that was to leave with its last lease, and let it stay."""
-        entry = self.doomed.get(model)
-        if entry is None or entry.retired:
-            return None
-        del self.doomed[model]
-        self.update_short()
-        entry.doomed = None
-        self.resident[model] = entry
-        self._policy.admitted(Resident(model, entry.bytes, entry.cost))
-        return entry
+        """Return a model that is to leave but has not begun to, and let it stay."""
+        for entry in self.doomed.values():
+            if entry.model == model and not entry.retired and entry.doomed is not Reason.REPLACED:
+                del self.doomed[id(entry)]
+                entry.doomed = None
+                self.update_short()
+                self._admit(entry)
+                return entry
+        for entry in self.leaving:
+            if entry.model == model and not entry.begun and entry.reason in _SPARED:
+                self.leaving.discard(entry)
+                self.churn += 1
+                entry.retired = False
+                entry.doomed = entry.reason = entry.farewell = None
+                self._admit(entry)
+                return entry
+        return None
 
     def doom(self, entry: Entry[T], reason: Reason) -> bool:
         """Make an entry leave: True where it is retired at once, False where its last lease will do it."""
@@ -151,7 +181,7 @@ class Residents(Generic[T]):
         if self.resident.get(entry.model) is entry:
             del self.resident[entry.model]
             self._policy.removed(entry.model)
-        self.doomed[entry.model] = entry
+        self.doomed[id(entry)] = entry
         self.update_short()  # before whoever retires it looks at the holds
         return entry.doomed
 
@@ -165,12 +195,12 @@ class Residents(Generic[T]):
             return False
         entry.reason = entry.doomed or reason
         entry.retirer = me()
-        for known in (self.resident, self.doomed):
-            if known.get(entry.model) is entry:
-                del known[entry.model]
+        if self.resident.get(entry.model) is entry:
+            del self.resident[entry.model]
+            self._policy.removed(entry.model)
+        self.doomed.pop(id(entry), None)
         self.update_short()
-        self._policy.removed(entry.model)
-        self.footprints.remember(entry.model, entry.bytes, entry.hits)
+        self.lives.went(entry.model, entry.hits, entry.reason)
         self.leaving.add(entry)
         self.churn += 1
         return True
@@ -179,76 +209,6 @@ class Residents(Generic[T]):
         """Book that an entry's unload is over."""
         self.leaving.discard(entry)
         self.churn += 1
-
-    def shortage(self, limits: Limits, need: int, models: int, *, floor: int | None = None) -> Shortage:
-        """Return what ``need`` more bytes and ``models`` more models lack.
-
-        Args:
-            limits: a reading made just before.
-            need: bytes of the newcomer; 0 for a look at the limits alone.
-            models: 1 for a newcomer, else 0.
-            floor: evict down to this many used bytes rather than to ``high``.
-        """
-        reserved = sum(self.reserved.values())
-        coming = sum(0 if entry.inherited else entry.bytes for entry in self.leaving)
-        tracked = self.tracked()
-        count = len(self.resident) + len(self.doomed) + len(self.leaving) + len(self.reserved)
-        over_high = limits.reading.used + reserved + need - limits.high if limits.reading else 0
-        over_budget = tracked + reserved + need - limits.budget if limits.budget is not None else 0
-        over_count = count + models - limits.max_models if limits.max_models is not None else 0
-        if over_high > 0 and limits.reading:
-            reason = Reason.WATERMARK
-            used, high, limit = limits.reading.used + reserved, limits.high, limits.reading.limit
-            figures = {"used": used, "need": need, "limit": limit, "high": high, "low": limits.low}
-        elif over_budget > 0 and limits.budget is not None:
-            reason = Reason.MEMORY_BUDGET
-            figures = {"used": tracked + reserved, "need": need, "limit": limits.budget, "high": limits.budget}
-        else:
-            reason = Reason.MAX_MODELS
-            most = limits.max_models or 0
-            figures = {"used": count, "need": models, "limit": most, "high": most}
-        leaving_budget = sum(entry.bytes for entry in self.leaving)
-        return Shortage(
-            fits=over_high <= 0 and over_budget <= 0 and over_count <= 0,
-            over_high=over_high - coming + (limits.high - floor if floor is not None else 0),
-            over_budget=over_budget - leaving_budget,
-            over_count=over_count - len(self.leaving),
-            reason=reason,
-            figures=figures,
-        )
-
-    def choose(self, shortage: Shortage, most: int, among: Collection[str] | None = None) -> list[Entry[T]]:
-        """Retire just enough models for ``shortage``; what was loaded before a fork goes last.
-
-        Args:
-            shortage: what is lacking.
-            most: how many models at most, for the watermark, whose footprint was only guessed: the next reading
-                tells more.
-            among: only these models.
-        """
-        chosen: list[Entry[T]] = []
-        guessed = 0
-        for entry in self._ranked(max(shortage.over_high, shortage.over_budget, 0), among):
-            if shortage.met or (guessed >= most and shortage.over_high > 0):
-                break
-            if self.retire(entry, shortage.reason):
-                chosen.append(entry)
-                guessed += not entry.sure
-                shortage = shortage.after(entry)
-        return chosen
-
-    def _ranked(self, need: int, among: Collection[str] | None) -> Iterable[Entry[T]]:
-        yield from [entry for entry in self.doomed.values() if not entry.holds and among is None]  # to go anyway
-        idle = {
-            model: entry
-            for model, entry in self.resident.items()
-            if not entry.holds and (among is None or model in among)
-        }
-        own = {model for model, entry in idle.items() if not entry.inherited}
-        for models in (own, idle.keys() - own):
-            if models:
-                for model in list(self._policy.victims(need, models)):
-                    yield idle[model]
 
     def idle(self) -> bool:
         """Whether something in memory is not held, so that it can leave."""
@@ -292,6 +252,8 @@ class Residents(Generic[T]):
         self.reserved = {}
         self.line = {}
         self.over = self.disk_over = False
+        self.deficit = 0
+        self.lingering = Lingering()  # what lingers here, the parent shares
         self.update_short()
         return entries
 

@@ -1,25 +1,26 @@
 """Keeping within the limits while nothing new comes in: retuning, growth from outside, releases.
 
-It acts, outside the guard, on what ``memory.residents`` decides under it. Room for a newcomer is
+It acts, outside the guard, on what ``memory.choosing`` decides under it. Room for a newcomer is
 ``memory.admission``; a batch of evictions is ``memory.evicting``.
 """
 
+import time
 from collections.abc import Collection
 from typing import Generic, TypeVar
 
-from modelcache import heap
-from modelcache.events import Reason
+from modelcache.events import Event, Pressure, Reason
 from modelcache.guard import Guard
+from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
-from modelcache.memory.evicting import FUTILE, Evictor
+from modelcache.memory.evicting import Evictor
+from modelcache.memory.garbage import Garbage
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import MemoryTier
 from modelcache.memory.unloading import Unloader
+from modelcache.telling import Teller
 
 T = TypeVar("T")
-
-_BACK_OFF = 30  # looks of the monitor that are left out after such a row
 
 
 class Room(Generic[T]):
@@ -27,77 +28,84 @@ class Room(Generic[T]):
 
     Args:
         tier: settings and gauge.
-        residents: the decisions.
+        residents: who is in memory.
+        choosing: the decisions.
         guard: the cache's lock.
         unloader: carries out what was decided.
         evictor: carries out evictions.
+        garbage: gives heap back.
+        teller: takes events.
     """
 
     def __init__(
         self,
         tier: MemoryTier,
         residents: Residents[T],
+        choosing: Choosing[T],
         guard: Guard,
         unloader: Unloader[T],
         evictor: Evictor[T],
+        garbage: Garbage,
+        teller: Teller,
     ) -> None:
         self._tier = tier
         self._residents = residents
+        self._choosing = choosing
         self._guard = guard
         self._unloader = unloader
         self._evictor = evictor
-        self._pause = 0
+        self._garbage = garbage
+        self._teller = teller
 
     def enforce(self) -> None:
         """Evict what the limits demand now; returns once all that must go, and may, is gone."""
-        self._lower(floor=False)
+        self._lower(outside=False)
 
     def look(self) -> None:
         """Answer growth from outside: from above ``high`` down to ``low``; the monitor's tick."""
         self._settle_orphans()
-        self._unloader.collect(now=False)
-        with self._guard:
-            self._residents.holders()  # a lease's age counts from the first look at it
-        if self._pause:
-            self._pause -= 1
-            with self._guard:
-                self._residents.drain()
-        elif not self._lower(floor=True):
-            self._pause = _BACK_OFF
+        self._unloader.collect(urgent=False)
+        self._teller.tell(self._old_leases())
+        self._drop_idle()
+        self._lower(outside=True)
 
-    def _lower(self, *, floor: bool) -> bool:
-        """Evict until the limits are met; return False where evicting did not help.
+    def _lower(self, *, outside: bool) -> None:
+        """Evict until the limits are met, or evicting has not helped.
 
         Args:
-            floor: once ``high`` is crossed, go on down to ``low``.
+            outside: look for growth from outside, and go down to ``low`` then. What loads took beyond what was
+                expected of them is no such growth: it is worked off by just enough.
         """
-        residents, futile, most = self._residents, 0, 1
+        residents, most, trimmed, floor = self._residents, 1, False, None
         crossed: Shortage | None = None
         while True:
             limits = self._tier.limits()
             with self._guard:
                 residents.drain()
-                shortage = residents.shortage(limits, 0, 0, floor=limits.low if floor and crossed else None)
-                if floor and crossed is None and shortage.over_high > 0:
-                    crossed = shortage  # freed heap looks used, but costs no eviction: look again after a trim
-                    victims, told = [], []
-                else:
-                    victims = [] if shortage.met else residents.choose(shortage, most)
-                    told = self._evictor.evicted(victims, crossed or shortage, None)
-                    if not victims:
-                        if self._settled(shortage):
-                            return True
-                        continue
-            if not victims:
-                heap.give_back()
-                reading = self._tier.limits().reading
-                if reading is None or reading.used <= limits.high:
-                    return True
-                continue
-            most *= 2
-            futile = 0 if self._evictor.evict(victims, told, limits, shortage.reason) else futile + 1
-            if futile >= FUTILE:
-                return False
+                shortage = self._choosing.present(limits, reserved=not outside, floor=floor)
+                if shortage.fits and limits.reading is not None and not residents.reserved:
+                    residents.deficit = 0
+                    self._evictor.futility.over()
+                stopped = outside and shortage.over_high > 0 and self._evictor.stopped()
+                if shortage.met or stopped:
+                    if stopped or self._settled(shortage):
+                        return
+                    continue
+                trim = not trimmed and shortage.over_high > 0  # freed heap looks used, but costs no eviction
+                victims = [] if trim else self._choosing.choose(shortage, most)
+                if outside and crossed is None and not trim and shortage.over_high > residents.deficit:
+                    floor = limits.low
+                crossed = crossed or (None if trim else shortage)
+                self._evictor.announce(victims, crossed or shortage, None)
+                if not victims and not trim and self._settled(shortage):
+                    return
+            if trim:
+                trimmed = True
+                self._unloader.collect(urgent=not outside)
+                self._garbage.give_back()
+            elif victims:
+                most *= 2
+                self._evictor.evict(victims, limits, shortage.reason)
 
     def _settled(self, shortage: Shortage) -> bool:
         """Book whether a limit stays unmet; False: look once more, for what moved before it could be seen."""
@@ -107,6 +115,62 @@ class Room(Generic[T]):
         residents.update_short()
         self._guard.notify()  # a raised limit lets waiting loads go on
         return known or not residents.over
+
+    def _old_leases(self) -> list[Event]:
+        """Note the ages of leases, and return what is to be told of the oldest."""
+        told: list[Event] = []
+        with self._guard:
+            holders = self._residents.holders()  # a lease's age counts from the first look at it
+            oldest = self._tier.lease_warning
+            if oldest is None:
+                return told
+            old = {model: age for model, _, age in holders if age >= oldest}
+            for entry in self._residents.entries():
+                if entry.model in old and not entry.warned:
+                    entry.warned = True
+                    told.append(
+                        Pressure(
+                            seq=self._teller.number(),
+                            time=time.time(),
+                            model=entry.model,
+                            tier="memory",
+                            reason=Reason.OLD_LEASE,
+                            bytes=entry.bytes,
+                            duration=old[entry.model],
+                        )
+                    )
+                elif entry.model not in old:
+                    entry.warned = False
+        return told
+
+    def _drop_idle(self) -> None:
+        """Evict what nobody used for ``idle_after`` seconds."""
+        after = self._tier.idle_after
+        if after is None:
+            return
+        with self._guard:
+            self._residents.drain()
+            due = time.monotonic() - after
+            idle = [entry for entry in self._residents.resident.values() if entry.tick <= due and not entry.holds]
+            count = self._residents.count()
+            figures = {"used": count, "need": 0, "limit": count, "high": count}
+            shortage = Shortage(False, 0, 0, len(idle), Reason.IDLE, figures)  # noqa: FBT003 - its first field
+            victims = [entry for entry in idle if self._residents.retire(entry, Reason.IDLE)]
+            self._evictor.announce(victims, shortage, None)
+        if victims:
+            self._evictor.carry_out(victims)
+
+    def make(self, amount: int, for_model: str) -> None:
+        """Evict models of ``amount`` bytes, whatever the gauge says: a load has just run out of memory."""
+        figures = {"used": 0, "need": amount, "limit": 0, "high": 0}
+        shortage = Shortage(False, 0, amount, 0, Reason.MEMORY_ERROR, figures)  # noqa: FBT003 - its first field
+        with self._guard:
+            self._residents.drain()
+            victims = self._choosing.choose(shortage, 1)
+            self._evictor.announce(victims, shortage, for_model)
+        self._evictor.carry_out(victims)
+        self._unloader.collect(urgent=True)
+        self._garbage.give_back()
 
     def _settle_orphans(self) -> None:
         while self._residents.orphans:
@@ -129,9 +193,9 @@ class Room(Generic[T]):
         shortage = Shortage(fits=False, over_high=0, over_budget=0, over_count=1, reason=reason, figures=figures)
         with self._guard:
             self._residents.drain()
-            victims = self._residents.choose(shortage, 1, models)
-            told = self._evictor.evicted(victims, shortage, for_model or None)
+            victims = self._choosing.choose(shortage, 1, models)
+            self._evictor.announce(victims, shortage, for_model or None)
         found = bool(victims)
         if found:
-            self._evictor.carry_out(victims, told)
+            self._evictor.carry_out(victims)
         return found

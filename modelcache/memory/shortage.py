@@ -1,4 +1,4 @@
-"""``Shortage``: what the memory tier lacks for one decision. How it is met is ``memory.residents``."""
+"""``Shortage``: what the memory tier lacks for one decision. How it is met is ``memory.choosing``."""
 
 from typing import Any
 
@@ -35,9 +35,16 @@ class Shortage:
 
     def after(self, entry: Entry[Any]) -> "Shortage":
         """Return what is still lacking once ``entry`` leaves; what came before a fork gives nothing back."""
+        return self._change(entry, 1)
+
+    def without(self, entry: Entry[Any]) -> "Shortage":
+        """Return what is lacking if ``entry``, which was to leave, stays after all."""
+        return self._change(entry, -1)
+
+    def _change(self, entry: Entry[Any], sign: int) -> "Shortage":
         return attrs.evolve(
             self,
-            over_high=self.over_high - (0 if entry.inherited else entry.bytes),
-            over_budget=self.over_budget - entry.bytes,
-            over_count=self.over_count - 1,
+            over_high=self.over_high - sign * (0 if entry.inherited else entry.bytes),
+            over_budget=self.over_budget - sign * entry.bytes,
+            over_count=self.over_count - sign,
         )

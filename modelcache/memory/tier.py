@@ -9,7 +9,7 @@ from collections.abc import Callable
 import attrs
 
 from modelcache.errors import ConfigError
-from modelcache.gauges import Gauge, ProcessGauge, Reading, SafeGauge
+from modelcache.gauges import ContainerGauge, Gauge, HostGauge, ProcessGauge, Reading, SafeGauge
 from modelcache.policies import Policy, make_policy
 from modelcache.units import Percent, Size, format_bytes, parse_count, parse_seconds, parse_size
 
@@ -51,9 +51,14 @@ class MemoryTier:
         budget: most bytes that the footprints of models may add up to, beside the watermark; a percentage is
             one of the limit. None: no such bound.
         max_models: most models in memory, loading and unloading ones counted. None: no such bound.
-        policy: ``"lru"``, ``"lfu"``, ``"fifo"``, or a ``policies.Policy``.
+        policy: ``"worth"`` (measured bytes, load seconds and frequency), ``"lru"``, ``"lfu"``, ``"fifo"``, or a
+            ``policies.Policy``.
         gauge: what reads used memory and its limit; None: ``gauges.ProcessGauge()``.
         interval: seconds between two looks of the monitor.
+        idle_after: seconds after which a model that nobody used is dropped, to within ``interval``; None: never.
+        lease_warning: seconds after which a lease that is still held is told once, as ``Pressure``; None: never.
+        request_seconds: what a request takes, for the share of time lost to reloads where leases are too short to be
+            seen, or none are taken.
 
     Raises:
         ConfigError: a setting can't work.
@@ -63,7 +68,19 @@ class MemoryTier:
     A tier serves one cache.
     """
 
-    __slots__ = ("_budget", "_changed", "_gauge", "_high", "_interval", "_low", "_max_models", "_policy")  # no typos
+    __slots__ = (  # no typos
+        "_budget",
+        "_changed",
+        "_gauge",
+        "_high",
+        "_idle_after",
+        "_interval",
+        "_lease_warning",
+        "_low",
+        "_max_models",
+        "_policy",
+        "_request_seconds",
+    )
 
     def __init__(
         self,
@@ -71,9 +88,12 @@ class MemoryTier:
         low: int | str | None = None,
         budget: int | str | None = None,
         max_models: int | None = None,
-        policy: str | Policy = "lru",
+        policy: str | Policy = "worth",
         gauge: Gauge | None = None,
         interval: float = 1.0,
+        idle_after: float | None = None,
+        lease_warning: float | None = 300.0,
+        request_seconds: float = 0.1,
     ) -> None:
         self._high = _parse_high(high)
         self._low = None if low is None else parse_size(low, "low")
@@ -81,6 +101,9 @@ class MemoryTier:
         self._max_models = None if max_models is None else parse_count(max_models, "max_models")
         self._policy = make_policy(policy, "policy")
         self._interval = parse_seconds(interval, "interval")
+        self._idle_after = None if idle_after is None else parse_seconds(idle_after, "idle_after")
+        self._lease_warning = None if lease_warning is None else parse_seconds(lease_warning, "lease_warning")
+        self._request_seconds = parse_seconds(request_seconds, "request_seconds", zero=True)
         if gauge is not None and not isinstance(gauge, Gauge):
             raise ConfigError(
                 f"gauge={gauge!r} has no read(): give an object whose read() returns a gauges.Reading",
@@ -117,6 +140,21 @@ class MemoryTier:
         low = int(high * _LOW_SHARE) if self._low is None else min(_in_bytes(self._low, limit), high)
         budget = None if self._budget is None else _in_bytes(self._budget, limit)
         return Limits(reading, high, low, budget, self._max_models)
+
+    def read(self) -> Reading | None:
+        """Read the gauge alone; None where it never could be read. Never call it under the guard."""
+        return self._gauge.read()
+
+    @property
+    def measures_process(self) -> bool:
+        """Whether the gauge is one of ours, that sees this process's own memory."""
+        return isinstance(self._gauge.gauge, ProcessGauge | ContainerGauge | HostGauge)
+
+    @property
+    def limit_source(self) -> str | None:
+        """What set the limit: path of a file, or words; None where a user's gauge does not say."""
+        source = getattr(self._gauge.gauge, "limit_source", None)
+        return source if isinstance(source, str) else None
 
     @property
     def high(self) -> int:
@@ -171,6 +209,21 @@ class MemoryTier:
     def interval(self) -> float:
         """Seconds between two looks of the monitor; fixed at construction."""
         return self._interval
+
+    @property
+    def idle_after(self) -> float | None:
+        """Seconds after which a model that nobody used is dropped; fixed at construction."""
+        return self._idle_after
+
+    @property
+    def lease_warning(self) -> float | None:
+        """Seconds after which a held lease is told; fixed at construction."""
+        return self._lease_warning
+
+    @property
+    def request_seconds(self) -> float:
+        """Seconds that a request is taken to need; fixed at construction."""
+        return self._request_seconds
 
     def _tell(self) -> None:
         if self._changed is not None:

@@ -3,23 +3,21 @@
 Which models leave, and why, is decided in ``memory.residents``; everything here runs outside the guard.
 """
 
-import gc
 import time
-import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from modelcache import heap
 from modelcache.events import Event, Reason, Unloaded
 from modelcache.guard import Guard
 from modelcache.memory.entries import Entry
+from modelcache.memory.garbage import Garbage
+from modelcache.memory.lingering import follow
 from modelcache.memory.residents import Residents
 from modelcache.telling import Teller, complain, text_of
 
 T = TypeVar("T")
 
 _OWED = 4 * 2**20  # bytes of unloaded models after which the heap is given back even where no reading asks for it
-_GC_SHARE = 10  # collections of ours take at most a tenth of the time, but for a load that waits for memory
 
 
 class Unloader(Generic[T]):
@@ -31,9 +29,11 @@ class Unloader(Generic[T]):
         unload: the user's ``unload=``; None where there is none.
         let_go: releases what an entry kept open (its pin on disk), and deletes what was to be deleted.
         teller: takes events, outside the guard.
+        garbage: collects cycles, gives heap back.
 
     Attributes:
         errors: how many calls of ``unload=`` raised.
+        evictions: how many evicted models it has unloaded.
     """
 
     def __init__(
@@ -43,55 +43,81 @@ class Unloader(Generic[T]):
         unload: Callable[[T], object] | None,
         let_go: Callable[[Entry[T]], None],
         teller: Teller,
+        garbage: Garbage,
     ) -> None:
         self._residents = residents
         self._guard = guard
         self._unload = unload
         self._let_go = let_go
         self._teller = teller
+        self._garbage = garbage
         self._owed = 0
-        self._suspects: list[weakref.ref[Any]] = []
-        self._collected = 0.0
-        self._collection_took = 0.0
         self.errors = 0
+        self.evictions = 0
 
-    def carry_out(self, entries: list[Entry[T]], *, trim: bool = False) -> None:
+    def carry_out(self, entries: list[Entry[T]], *, trim: bool = False) -> bool:
         """Unload entries that were retired; empties the list, so that no model is kept alive by it.
 
-        Never raises: a KeyboardInterrupt or SystemExit from ``unload=`` is kept by the teller for the end of the verb.
-        """
-        size = sum(entry.bytes for entry in entries)
-        traces = [_trace(entry.value) for entry in entries]
-        while entries:
-            try:
-                self._depart(entries.pop(0))
-            except Exception as error:  # noqa: BLE001 - the disk, say: the others leave all the same
-                complain("a model has left memory, but not all that it kept on disk was given back", error=error)
-        self._suspects = [*self._suspects, *(trace for trace in traces if trace is not None)]
-        self.collect(now=False)
-        self._owed += size
-        if trim or self._owed >= _OWED:
-            self._owed = 0
-            heap.give_back()
-        with self._guard:
-            self._guard.notify()
+        They count as in memory until the heap is given back: before that their memory is not there for others. One that
+        is asked for again before its turn stays. Never raises: a KeyboardInterrupt or SystemExit from ``unload=`` is
+        kept by the teller for the end of the verb.
 
-    def _depart(self, entry: Entry[T]) -> None:
-        """Run ``unload=`` for one entry, drop the model, and tell."""
+        Args:
+            entries: what was retired.
+            trim: give heap back however little it is.
+
+        Returns:
+            Whether cycles were collected.
+        """
+        left: list[Entry[T]] = []
+        told: list[Event] = []
+        collected = False
+        try:
+            while entries:
+                try:
+                    self._depart(entries.pop(0), left, told)
+                except Exception as error:  # noqa: BLE001 - the disk, say: the others leave all the same
+                    complain("a model has left memory, but not all that it kept on disk was given back", error=error)
+            collected = self.collect(urgent=False)
+            self._owed += sum(entry.bytes for entry in left)
+            if trim or self._owed >= _OWED:
+                self._owed = 0
+                self._garbage.give_back()
+        finally:
+            with self._guard:
+                for entry in left:
+                    self._residents.gone(entry)
+                self._guard.notify()
+        self._teller.tell(told)
+        return collected
+
+    def _depart(self, entry: Entry[T], left: list[Entry[T]], told: list[Event]) -> None:
+        """Run ``unload=`` for one entry and drop the model; what is to be told of it goes into ``told``."""
+        with self._guard:
+            if not entry.retired:  # taken back meanwhile
+                return
+            entry.begun = True
+            self.evictions += entry.farewell is not None
+            if entry.farewell is not None:
+                self._residents.lives.evicted(entry.farewell)
+        left.append(entry)
+        if entry.farewell is not None:
+            self._teller.tell([entry.farewell])
         started = time.monotonic()
         problem: str | None = None
         try:
             if self._unload is not None:
                 problem = self._run_unload(entry)
         finally:
+            straggler = follow(entry.value, entry.model, entry.bytes)
             del entry.value  # a get() that came too late finds no attribute, and takes the slow path
             try:
                 self._let_go(entry)
             finally:
-                with self._guard:
-                    self._residents.gone(entry)
-                    self._guard.notify()
-                self._teller.tell([self._unloaded(entry, time.monotonic() - started, problem)])
+                if straggler is not None and straggler.alive:
+                    with self._guard:
+                        self._residents.lingering.add(straggler)
+                told.append(self._unloaded(entry, time.monotonic() - started, problem))
 
     def _run_unload(self, entry: Entry[T]) -> str | None:
         """Return what ``unload=`` raised, as text: the error itself would keep the model alive."""
@@ -121,24 +147,16 @@ class Unloader(Generic[T]):
             error=problem,
         )
 
-    def collect(self, *, now: bool) -> None:
-        """Collect cycles where a model that was unloaded lives on.
+    def collect(self, *, urgent: bool) -> bool:
+        """Collect cycles where a model that was unloaded lives on; return whether that was done.
 
         Args:
-            now: also where the last collection was just before; else it is left to the monitor's next look.
+            urgent: a load waits for its memory; else one that would come too soon is left to the monitor.
         """
-        self._suspects = [trace for trace in self._suspects if trace() is not None]
-        started = time.monotonic()
-        if not self._suspects or (not now and started - self._collected < _GC_SHARE * self._collection_took):
-            return
-        gc.collect()
-        self._suspects = []  # what still lives is held by somebody, and no collection helps
-        self._collected = time.monotonic()
-        self._collection_took = self._collected - started
-
-
-def _trace(value: object) -> "weakref.ref[Any] | None":
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return None
+        with self._guard:
+            hopeful = self._residents.lingering.hopeful()
+        if not hopeful or not self._garbage.collect(urgent=urgent):
+            return False
+        with self._guard:
+            self._residents.lingering.collected()
+        return True

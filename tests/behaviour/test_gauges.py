@@ -1,12 +1,18 @@
-"""Gauges: what counts as the limit, on copied trees and in a real cgroup, and readings that can't be trusted."""
+"""Gauges: what is the limit and what counts as used, on copied trees and in a real cgroup; what can't be trusted.
 
+What a cache makes of it is in ``faults/test_memory_gauges``.
+"""
+
+import contextlib
+import errno
+import gc
 import math
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import uuid
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +21,23 @@ from typing import Any
 import psutil
 import pytest
 
-import modelcache.gauges
 from modelcache.errors import ConfigError
-from modelcache.gauges import Gauge, ProcessGauge, Reading, SafeGauge, check_reading
+from modelcache.gauges import (
+    ContainerGauge,
+    Gauge,
+    HostGauge,
+    ProcessGauge,
+    Reading,
+    SafeGauge,
+    check_reading,
+)
 from tests.contracts.gauge_contract import GaugeContract
+from tests.support.cgroups import Group, child_cgroup
+from tests.support.children import run
 
 MIB = 1 << 20
 HOST = 8192 * MIB
+HOST_USED = 3000 * MIB
 V1_MOUNT = "35 31 0:32 {top} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
 V2_MOUNT = "41 31 0:38 {top} /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 MACHINE = "memory of the machine"
@@ -32,7 +48,8 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.write("proc/meminfo", f"MemTotal:       {HOST // 1024} kB\nMemFree:        1 kB\n")
+        free = (HOST - HOST_USED) // 1024
+        self.write("proc/meminfo", f"MemTotal:  {HOST // 1024} kB\nMemFree:   1 kB\nMemAvailable:   {free} kB\n")
 
     def write(self, path: str, text: str | bytes) -> Path:
         """Write one file."""
@@ -56,6 +73,15 @@ class Tree:
         self.write(f"sys/fs/cgroup/{folder}/memory.max", f"{limit}\n")
         self.write(f"sys/fs/cgroup/{folder}/memory.high", f"{high}\n")
 
+    def stat(self, folder: str, **figures: object) -> None:
+        """Write ``memory.stat`` of a group, its path below ``sys/fs/cgroup``."""
+        lines = (f"{name} {value}\n" for name, value in figures.items())
+        self.write(f"sys/fs/cgroup/{folder}/memory.stat", "".join(lines))
+
+    def resident(self, size: int) -> None:
+        """Write what the process has resident."""
+        self.write("proc/self/statm", f"999999 {size // mmap.PAGESIZE} 300 5 0 123 0\n")
+
     def limit(self) -> tuple[int, str]:
         """Return what a new gauge says, and which file decided, below the root."""
         gauge = ProcessGauge(self.root)
@@ -74,6 +100,62 @@ class TestProcessGauge(GaugeContract):
     def make(self) -> Gauge:
         """Make one."""
         return ProcessGauge()
+
+
+class TestProcessGaugeWithChildren(GaugeContract):
+    """So it does with children."""
+
+    def make(self) -> Gauge:
+        """Make one."""
+        return ProcessGauge(children=True)
+
+
+class TestContainerGauge(GaugeContract):
+    """The gauge of the container keeps the contract."""
+
+    def make(self) -> Gauge:
+        """Make one."""
+        return ContainerGauge()
+
+
+class _OnTree(GaugeContract):
+    """On a copied tree."""
+
+    version = ""
+
+    @pytest.fixture(autouse=True)
+    def _limited(self, tree: Tree) -> None:
+        self.tree = tree
+        tree.process("4:memory:/app", "0::/app")
+        getattr(tree, self.version)("app", 300 * MIB)
+        tree.stat("memory/app", total_rss=MIB)
+        tree.stat("app", anon=MIB)
+
+    def make(self) -> Gauge:
+        """Make one."""
+        gauge = ContainerGauge(self.tree.root)
+        assert gauge.read() == Reading(MIB, 300 * MIB)
+        return gauge
+
+
+class TestContainerGaugeV1(_OnTree):
+    """So it does in a v1 group."""
+
+    version = "v1"
+
+
+class TestContainerGaugeV2(_OnTree):
+    """So it does in a v2 group."""
+
+    version = "v2"
+
+
+class TestHostGauge(GaugeContract):
+    """The gauge of the machine keeps the contract."""
+
+    def make(self) -> Gauge:
+        """Make one."""
+        return HostGauge()
 
 
 # Which limit
@@ -346,6 +428,218 @@ def test_source_is_told_before_the_first_reading(tree: Tree) -> None:
     assert ProcessGauge(tree.root).limit_source.endswith("app/memory.max")
 
 
+def test_out_of_descriptors_is_not_out_of_limits(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no descriptor is left to read the limit again, the last one stays; it does not become the machine's."""
+    now = [0.0]
+    gauge = ProcessGauge(tree.root, clock=lambda: now[0])
+    tree.process("0::/app")
+    tree.resident(MIB)
+    tree.v2("app", 300 * MIB)
+    assert gauge.read().limit == 300 * MIB
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        now[0] = 2.0
+        assert gauge.read().limit == 300 * MIB
+        with pytest.raises(OSError, match="Too many"):
+            ProcessGauge(tree.root).read()
+    tree.v2("app", 200 * MIB)
+    now[0] = 4.0
+    assert gauge.read().limit == 200 * MIB
+
+
+# What counts as used, on copied trees
+
+
+def test_resident_pages(tree: Tree) -> None:
+    """Used by the process are its resident pages, of whatever size pages are here."""
+    tree.resident(77 * mmap.PAGESIZE)
+    assert ProcessGauge(tree.root).read().used == 77 * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("text", ["", "1", "1 2", "size resident shared", b"\xff\x00 \xff \xff"])
+def test_garbled_statm(tree: Tree, text: str | bytes) -> None:
+    """Where statm is of no use, the system is asked in another way."""
+    tree.write("proc/self/statm", text)
+    assert ProcessGauge(tree.root).read().used > 5 * MIB
+
+
+def container(tree: Tree) -> tuple[int, int, str]:
+    """Return what a new gauge of the container says, and which file decided, below the root."""
+    gauge = ContainerGauge(tree.root)
+    reading = gauge.read()
+    return reading.used, reading.limit, gauge.limit_source.removeprefix(f"{tree.root}/")
+
+
+V1_STAT = {
+    "cache": 800 * MIB,
+    "rss": 1 * MIB,
+    "active_file": 300 * MIB,
+    "total_cache": 900 * MIB,
+    "total_rss": 100 * MIB,
+    "total_shmem": 20 * MIB,
+    "total_mapped_file": 30 * MIB,
+    "total_active_file": 400 * MIB,
+}
+V2_STAT = {
+    "anon": 100 * MIB,
+    "file": 900 * MIB,
+    "kernel": 60 * MIB,
+    "kernel_stack": 2 * MIB,
+    "pagetables": 3 * MIB,
+    "sec_pagetables": 1 * MIB,
+    "percpu": 4 * MIB,
+    "sock": 7 * MIB,
+    "vmalloc": 5 * MIB,
+    "shmem": 20 * MIB,
+    "file_mapped": 30 * MIB,
+    "active_file": 400 * MIB,
+    "slab_reclaimable": 45 * MIB,
+    "slab_unreclaimable": 6 * MIB,
+    "slab": 51 * MIB,
+}
+
+
+def test_v1_used(tree: Tree) -> None:
+    """A v1 group uses its anonymous memory and mapped file pages; no page cache, and no kernel memory."""
+    tree.process("4:memory:/app")
+    tree.v1("app", 300 * MIB)
+    tree.stat("memory/app", **V1_STAT)
+    tree.write("sys/fs/cgroup/memory/app/memory.kmem.usage_in_bytes", str(70 * MIB))
+    assert container(tree) == (130 * MIB, 300 * MIB, "sys/fs/cgroup/memory/app/memory.limit_in_bytes")
+
+
+def test_v2_used(tree: Tree) -> None:
+    """A v2 group uses anonymous memory, mapped file pages, sockets and kernel memory but what can be reclaimed."""
+    tree.process("0::/app")
+    tree.v2("app", 300 * MIB)
+    tree.stat("app", **V2_STAT)
+    assert container(tree) == ((100 + 30 + 7 + 15) * MIB, 300 * MIB, "sys/fs/cgroup/app/memory.max")
+
+
+def test_v2_used_on_older_kernels(tree: Tree) -> None:
+    """Where the kernel's part is not summed up, its parts that can't be reclaimed count."""
+    tree.process("0::/app")
+    tree.v2("app", 300 * MIB)
+    tree.stat("app", **{name: size for name, size in V2_STAT.items() if name != "kernel"})
+    assert container(tree)[0] == (100 + 30 + 7 + 2 + 3 + 1 + 4 + 5 + 6) * MIB
+
+
+@pytest.mark.parametrize(("version", "prefix"), [("v1", "memory/"), ("v2", "")])
+def test_shared_memory_is_used(tree: Tree, version: str, prefix: str) -> None:
+    """Shared memory, which a tmpfs is as well, counts; mapped as well it counts once."""
+    tree.process("4:memory:/app", "0::/app")
+    getattr(tree, version)("app", 300 * MIB)
+    tree.stat(f"{prefix}app", **{**(V1_STAT if prefix else V2_STAT), "shmem": 80 * MIB, "total_shmem": 80 * MIB})
+    assert container(tree)[0] == (100 + 80 + (0 if prefix else 22)) * MIB
+
+
+@pytest.mark.parametrize(("version", "prefix"), [("v1", "memory/"), ("v2", "")])
+def test_used_and_limit_are_of_one_group(tree: Tree, version: str, prefix: str) -> None:
+    """Use is read where the smallest limit stands: in the ancestor that has it, or the outermost of equals."""
+    tree.process("4:memory:/a/b/c", "0::/a/b/c")
+    write = getattr(tree, version)
+    for folder, limit, used in (("a", 400, 50), ("a/b", 200, 40), ("a/b/c", 200, 30)):
+        write(folder, limit * MIB)
+        tree.stat(prefix + folder, anon=used * MIB, total_rss=used * MIB, hierarchical_memory_limit=200 * MIB)
+    assert container(tree)[:2] == (40 * MIB, 200 * MIB)
+    write("a", 100 * MIB)
+    assert container(tree)[:2] == (50 * MIB, 100 * MIB)
+    write("a/b/c", 90 * MIB)
+    assert container(tree)[:2] == (30 * MIB, 90 * MIB)
+
+
+def test_used_where_the_limit_is_further_up(tree: Tree) -> None:
+    """Where an ancestor that is not mounted here has the limit, the nearest group to it that is seen is read."""
+    tree.process("4:memory:/docker/abc/in", mounts=(V1_MOUNT.format(top="/docker/abc"),))
+    for folder, used in (("", 50), ("in", 40)):
+        tree.v1(folder, "9223372036854771712")
+        tree.stat(f"memory/{folder}", total_rss=used * MIB, hierarchical_memory_limit=200 * MIB)
+    assert container(tree) == (50 * MIB, 200 * MIB, "sys/fs/cgroup/memory/memory.stat")
+
+
+def test_used_by_both_versions_at_once(tree: Tree) -> None:
+    """With v1 and v2 mounted at once, use is read in the version whose limit is the smallest."""
+    unified = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"
+    tree.process("4:memory:/one", "0::/two", mounts=(V1_MOUNT.format(top="/"), unified))
+    tree.v1("one", 300 * MIB)
+    tree.stat("memory/one", total_rss=10 * MIB)
+    tree.v2("unified/two", 400 * MIB)
+    tree.stat("unified/two", anon=20 * MIB)
+    assert container(tree)[:2] == (10 * MIB, 300 * MIB)
+    tree.v2("unified/two", 200 * MIB)
+    assert container(tree)[:2] == (20 * MIB, 200 * MIB)
+
+
+def test_container_without_a_limit(tree: Tree) -> None:
+    """Where no limit is below the machine's memory, the container reads as the machine does."""
+    tree.process("0::/app")
+    tree.v2("app", "max")
+    tree.stat("app", **V2_STAT)
+    assert container(tree) == (HOST_USED, HOST, MACHINE)
+    assert HostGauge(tree.root).read() == Reading(HOST_USED, HOST)
+    assert HostGauge(tree.root).limit_source == MACHINE
+
+
+def test_container_whose_limit_moves(tree: Tree) -> None:
+    """A limit that is set in another group than before takes the use along, within a second."""
+    now = [0.0]
+    gauge = ContainerGauge(tree.root, clock=lambda: now[0])
+    tree.process("0::/a/b")
+    for folder, limit, used in (("a", "max", 50), ("a/b", 200 * MIB, 40)):
+        tree.v2(folder, limit)
+        tree.stat(folder, anon=used * MIB)
+    assert gauge.read() == Reading(40 * MIB, 200 * MIB)
+    tree.v2("a", 100 * MIB)
+    assert gauge.read() == Reading(40 * MIB, 200 * MIB)
+    now[0] = 1.0
+    assert gauge.read() == Reading(50 * MIB, 100 * MIB)
+
+
+STATS = [
+    "",
+    "\n\n",
+    "anon",
+    "anon many\ntotal_rss lots\n",
+    "file 5\ncache 5\n",
+    b"\xff\xfe\x00",
+    "anon -5\ntotal_rss -5",
+]
+
+
+@pytest.mark.parametrize("text", [None, *STATS])
+@pytest.mark.parametrize(("version", "prefix"), [("v1", "memory/"), ("v2", "")])
+def test_use_that_is_not_told(tree: Tree, version: str, prefix: str, text: str | bytes | None) -> None:
+    """Where the group's use is missing or garbled, this process alone counts, against the group's limit."""
+    tree.process("4:memory:/app", "0::/app")
+    tree.resident(55 * MIB)
+    getattr(tree, version)("app", 300 * MIB)
+    if text is not None:
+        tree.write(f"sys/fs/cgroup/{prefix}app/memory.stat", text)
+    assert container(tree)[:2] == (55 * MIB, 300 * MIB)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "MemTotal: 5 kB\n", "MemAvailable: 5 kB\n", "MemTotal: 0 kB\nMemAvailable: 0 kB\n", b"\xff\n\xff"],
+)
+def test_machine_that_is_not_told(tree: Tree, text: str | bytes | None) -> None:
+    """Where meminfo is missing or garbled, the system is asked in another way."""
+    if text is None:
+        (tree.root / "proc/meminfo").unlink()
+    else:
+        tree.write("proc/meminfo", text)
+    reading = HostGauge(tree.root).read()
+    assert reading.limit == psutil.virtual_memory().total
+    assert 0 < reading.used < reading.limit
+
+
+# What counts as used, for real
+
+
 def test_used_is_what_is_resident() -> None:
     """Used is the resident set of this process, and grows with what it holds."""
     gauge = ProcessGauge()
@@ -373,60 +667,218 @@ def test_fork_reads_the_child() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-# The real thing
+@pytest.mark.skipif(shutil.which("sleep") is None, reason="needs the program sleep")
+def test_children_count_where_they_are_asked_for() -> None:
+    """With children, what processes below this one have resident is added; found, and forgotten, after a second."""
+    now = [0.0]
+    alone, family = ProcessGauge(), ProcessGauge(children=True, clock=lambda: now[0])
+    assert abs(family.read().used - alone.read().used) < 20 * MIB
+    hold = "import sys; x = bytearray(b'1') * (64 << 20); print('there', flush=True); sys.stdin.read()"
+    shell = 'trap "" TERM; "$0" -c "$1"; :'  # a grandchild
+    with subprocess.Popen(
+        ["sh", "-c", shell, sys.executable, hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"there\n"
+        assert family.read().used - alone.read().used < 20 * MIB
+        now[0] = 1.0
+        assert family.read().used - alone.read().used > 64 * MIB
+        child.communicate()
+    assert abs(family.read().used - alone.read().used) < 20 * MIB  # still listed, and gone
+
+
+def test_machine_for_real() -> None:
+    """The machine's reading grows with what anybody holds."""
+    gauge = HostGauge()
+    before = gauge.read()
+    held = bytearray(os.urandom(1)) * (256 * MIB)
+    after = gauge.read()
+    assert before.limit == after.limit == psutil.virtual_memory().total
+    assert after.used - before.used > 64 * MIB  # others come and go meanwhile
+    assert len(held) == 256 * MIB
+
+
+def test_container_for_real(cgroup: Group) -> None:
+    """In a real group, memory and mapped files of all its processes count; page cache, names and inodes do not."""
+    cgroup.run_in(
+        """
+        import mmap, subprocess, tempfile
+        from modelcache.gauges import ContainerGauge
+        MIB = 2**20
+        gauge = ContainerGauge()
+        assert gauge.read().limit == 256 * MIB and gauge.limit_source.startswith(sys.argv[1]), gauge.limit_source
+        start = gauge.read().used
+        def grew(): return (gauge.read().used - start) / MIB
+        held = bytearray(os.urandom(1)) * (50 * MIB)
+        assert 45 < grew() < 60, grew()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "file")
+            with file.open("wb") as out:
+                for _ in range(64):
+                    out.write(bytes(MIB))
+                out.flush(); os.fsync(out.fileno())
+            for _ in range(3):
+                file.read_bytes()
+            for number in range(10_000):
+                Path(folder, str(number)).touch()
+            stat = dict(line.split() for line in Path(sys.argv[1], "memory.stat").read_text().splitlines())
+            assert int(stat["total_cache"]) > 60 * MIB, stat
+            assert 45 < grew() < 60, grew()
+            with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                assert not any(mapped[at] for at in range(0, 64 * MIB, 4096))
+                assert 105 < grew() < 125, grew()
+        del held
+        with subprocess.Popen([sys.executable, "-c", "x = bytearray(b'1') * (60 << 20); print(1, flush=True); input()"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            child.stdout.readline()
+            assert 60 < grew() < 80, grew()
+            child.communicate(b"\\n")
+        """,
+        cgroup.path,
+    )
+    assert not cgroup.oom_kills
+
+
+def test_siblings_count_where_the_limit_is_shared(cgroup: Group) -> None:
+    """Where the limit stands above several groups, all of them count; a group beside that one does not."""
+    say = "from modelcache.gauges import ContainerGauge; print(ContainerGauge().read().used)"
+    hold = "x = bytearray(b'1') * (60 << 20); print(flush=True); sys.stdin.read()"
+    with cgroup.child() as inner, child_cgroup(None) as beside:
+        alone = int(inner.run_in(say))
+        holding = [group.start(hold) for group in (cgroup, beside)]
+        for holder in holding:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+        together = int(inner.run_in(say))
+        for holder in holding:
+            holder.communicate()
+    assert 60 * MIB < together - alone < 110 * MIB
+
+
+# The descriptors that are kept
+
+
+def descriptors(file: Path) -> list[int]:
+    """Return our descriptors of a file."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one of the listing itself
+            found += [int(entry.name)] if entry.samefile(file) else []
+    return found
+
+
+def on_tree(kind: type[ContainerGauge | ProcessGauge | HostGauge], tree: Tree) -> Any:
+    """Return a gauge on a tree with a v2 group; its first reading is 40 MiB but for the machine's."""
+    tree.process("0::/app")
+    tree.v2("app", 300 * MIB)
+    tree.stat("app", anon=40 * MIB)
+    tree.resident(40 * MIB)
+    return kind(tree.root)
+
+
+KEPT = [
+    (ProcessGauge, "proc/self/statm"),
+    (ContainerGauge, "sys/fs/cgroup/app/memory.stat"),
+    (HostGauge, "proc/meminfo"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), KEPT)
+def test_one_descriptor_is_kept_and_closed(tree: Tree, kind: Any, name: str) -> None:
+    """Many readings keep one descriptor open, and it is closed once the gauge is collected."""
+    gauge = on_tree(kind, tree)
+    for _ in range(100):
+        gauge.read()
+    assert len(descriptors(tree.root / name)) == 1
+    del gauge
+    gc.collect()
+    assert not descriptors(tree.root / name)
+
+
+@pytest.mark.parametrize(("kind", "name"), KEPT)
+def test_descriptor_that_somebody_closed(tree: Tree, kind: Any, name: str) -> None:
+    """Where a program closes all descriptors and opens others, theirs are neither read nor closed."""
+    gauge = on_tree(kind, tree)
+    expected = gauge.read()
+    [number] = descriptors(tree.root / name)
+    os.close(number)
+    assert gauge.read() == expected
+    [number] = descriptors(tree.root / name)
+    with tree.write("other", "1 2 3 4 5 6 7\nanon 5\nMemTotal: 1 kB\nMemAvailable: 1 kB\n").open("rb") as other:
+        os.dup2(other.fileno(), number)
+        assert gauge.read() == expected
+        del gauge
+        gc.collect()
+        assert os.fstat(number).st_ino == os.fstat(other.fileno()).st_ino
+        os.close(number)
+
+
+def test_group_that_is_made_anew(cgroup: Group, tree: Tree) -> None:
+    """A group that was removed and made again, so that what is open is dead, is read again."""
+    tree.process("4:memory:/child", mounts=("35 31 0:32 / /mount rw - cgroup cgroup rw,memory",))
+    (tree.root / "mount").symlink_to(cgroup.path)
+    tree.resident(55 * MIB)
+    gauge = ContainerGauge(tree.root, clock=lambda: 0.0)
+    for _ in range(2):
+        with cgroup.child(100 * MIB):
+            assert gauge.read().used < MIB
+        assert gauge.read() == Reading(55 * MIB, 100 * MIB)  # the limit is looked up once a second
+
+
+def test_program_that_becomes_a_daemon() -> None:
+    """A program that forks, leaves its session and closes all descriptors goes on reading its own memory."""
+    run(
+        """
+        from modelcache.gauges import ContainerGauge, HostGauge, ProcessGauge
+        gauges = ProcessGauge(), ContainerGauge(), HostGauge(), ProcessGauge(children=True)
+        for gauge in gauges:
+            gauge.read()
+        if pid := os.fork():
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os.setsid()
+        os.closerange(3, 256)
+        pipes = [os.pipe() for _ in range(20)]
+        before = gauges[0].read().used
+        held = bytearray(os.urandom(1)) * (64 << 20)
+        assert gauges[0].read().used - before > 60 << 20
+        for gauge in gauges:
+            assert gauge.read().used > 0
+        del gauge, gauges
+        gc.collect()
+        for pipe in pipes:
+            os.write(pipe[1], b"x"), os.read(pipe[0], 1)
+        """
+    )
+
+
+# The limit, for real
 
 SAY = "from modelcache.gauges import ProcessGauge; g = ProcessGauge(); print(g.read().limit, g.limit_source)"
-JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 
 
 @pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """Give a real v1 memory group of 256 MiB with a child that has no limit of its own."""
-    outer = Path("/sys/fs/cgroup/memory") / f"modelcache-test-{uuid.uuid4().hex}"
-    try:
-        outer.mkdir()
-    except OSError as error:
-        pytest.skip(f"no writable cgroup v1 memory hierarchy here: {error}")
-    inner = outer / "inner"
-    try:
-        inner.mkdir()
-        (outer / "memory.limit_in_bytes").write_text(str(256 * MIB))
-        yield outer
-    finally:
-        inner.rmdir()
-        outer.rmdir()
+def cgroup() -> Iterator[Group]:
+    """Give a real v1 memory group of 256 MiB."""
+    with child_cgroup(256 * MIB) as group:
+        yield group
 
 
-def _read_inside(group: Path, *prefix: str) -> tuple[int, str]:
-    """Return what a process that joined the group reads as its limit, and where."""
-    package = Path(modelcache.gauges.__file__).parents[1]
-    done = subprocess.run(
-        ["sh", "-c", JOIN, str(group), *prefix, sys.executable, "-c", SAY],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(package)},
-        timeout=15,
-    )
-    assert done.returncode == 0, done.stderr
-    limit, source = done.stdout.strip().split(" ", 1)
-    return int(limit), source
-
-
-def test_real_cgroup(cgroup: Path) -> None:
+def test_real_cgroup(cgroup: Group) -> None:
     """A process in a real v1 group reads the group's limit."""
-    assert _read_inside(cgroup) == (256 * MIB, f"{cgroup}/memory.limit_in_bytes")
+    assert cgroup.run_in(SAY).split() == [str(256 * MIB), f"{cgroup.path}/memory.limit_in_bytes"]
 
 
-def test_real_cgroup_ancestor(cgroup: Path) -> None:
+def test_real_cgroup_ancestor(cgroup: Group) -> None:
     """A process in a group without a limit reads that of the group above."""
-    assert _read_inside(cgroup / "inner")[0] == 256 * MIB
+    with cgroup.child() as inner:
+        assert inner.run_in(SAY).split() == [str(256 * MIB), f"{cgroup.path}/memory.limit_in_bytes"]
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs the program unshare (util-linux)")
-def test_real_cgroup_namespace(cgroup: Path) -> None:
+def test_real_cgroup_namespace(cgroup: Group) -> None:
     """A process that was given a cgroup namespace of its own, but the old mounts, reads its limit all the same."""
-    assert _read_inside(cgroup / "inner", "unshare", "-C")[0] == 256 * MIB
+    with cgroup.child() as inner:
+        assert inner.run_in(SAY, prefix=("unshare", "-C")).split()[0] == str(256 * MIB)
 
 
 # Gauges that can't be trusted

@@ -1,6 +1,10 @@
 """What every Gauge must do, ours or a user's: inherit, give ``make``, and pytest runs it."""
 
+import os
+import signal
 import threading
+
+import pytest
 
 from modelcache.gauges import Gauge, Reading, SafeGauge, check_reading
 
@@ -45,6 +49,21 @@ class GaugeContract:
             worker.join(WAIT)
         assert len(readings) == threads * 50
         assert all(check_reading(reading) for reading in readings)
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+    def test_works_after_fork(self) -> None:
+        """A child that was forked reads the gauge that its parent made and has read."""
+        gauge = self.make()
+        limit = gauge.read().limit
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(10)
+                os._exit(0 if check_reading(gauge.read()).limit == limit else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert gauge.read().limit == limit
 
     def test_is_safe_to_guard(self) -> None:
         """Guarded, it gives the same."""

@@ -1,30 +1,16 @@
-"""How much memory is used, and of what: the :class:`Gauge` protocol and the gauge of this process.
-
-Where a cgroup keeps its limit is known to ``cgroups``; percentages of a limit are taken by the memory tier, which
-also decides what to do about a reading.
-"""
+"""What a gauge is, what it tells, and a guard around one that can't be trusted."""
 
 import contextlib
 import logging
 import math
 import numbers
 import operator
-import os
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
-import psutil  # type: ignore[import-untyped,unused-ignore]
 
-from modelcache.cgroups import Limit, find_folders, read_limit, read_text
 from modelcache.errors import ConfigError
 
-LIMIT_SECONDS = 1.0
-"""A limit is read from the kernel at most this often."""
-
-_NO_LIMIT_YET = Limit(1, "")
 _log = logging.getLogger("modelcache")
 
 
@@ -51,79 +37,6 @@ class Gauge(Protocol):
 
     def read(self) -> Reading:
         """Return the reading of this moment; what it raises is logged, and the last good reading is used."""
-
-
-@attrs.frozen
-class _Seen:
-    """All that is remembered between readings; replaced as a whole, so that it needs no lock."""
-
-    pid: int
-    process: psutil.Process
-    memberships: str | None = None
-    folders: tuple[tuple[str, Path], ...] = ()
-    limit: Limit = _NO_LIMIT_YET
-    at: float = -math.inf
-
-
-class ProcessGauge:
-    """This process: what it has resident, against the smallest limit that holds for it.
-
-    Used is the resident set: anonymous, shared and mapped file pages; page cache does not count. The limit is the
-    smallest memory limit of its cgroups up the tree (v1, v2, both; ``memory.high`` too) and the machine's memory.
-    Files that are missing, forbidden or garbled count as no limit. A reading takes about 20 microseconds, and
-    1 millisecond once a second, when the limit is read again.
-
-    Concurrency: any thread; no lock, as what is remembered is swapped as one object, and two threads at worst
-    read the same files twice. After a fork it notices the new process by itself.
-
-    Args:
-        root: the folder that holds ``proc`` and ``sys``; something else in tests.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, root: Path = Path("/"), *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._root = Path(root)
-        self._clock = clock
-        self._seen = _Seen(os.getpid(), psutil.Process())
-
-    @property
-    def limit_source(self) -> str:
-        """Path of the file that set the limit of the latest reading, or ``"memory of the machine"``."""
-        return self._look().limit.source
-
-    def read(self) -> Reading:
-        """Return the resident set of this process and its limit, in bytes.
-
-        Raises:
-            psutil.Error, OSError: the system does not tell (a ``/proc`` that is hidden).
-        """
-        seen = self._look()
-        return Reading(int(seen.process.memory_info().rss), seen.limit.bytes)
-
-    def _look(self) -> _Seen:
-        seen, pid, now = self._seen, os.getpid(), self._clock()
-        if seen.pid != pid:
-            seen = _Seen(pid, psutil.Process(pid))
-        if now - seen.at >= LIMIT_SECONDS:
-            seen = self._seen = self._look_again(seen, now)
-        return seen
-
-    def _look_again(self, seen: _Seen, now: float) -> _Seen:
-        memberships = read_text(self._root / "proc/self/cgroup")
-        moved = memberships != seen.memberships
-        folders = find_folders(self._root, memberships) if moved else seen.folders
-        machine = Limit(self._machine(), "memory of the machine")
-        limit = read_limit(folders)
-        if limit is None or limit.bytes >= machine.bytes:  # also the many ways to say "no limit"
-            limit = machine
-        return _Seen(seen.pid, seen.process, memberships, folders, limit, now)
-
-    def _machine(self) -> int:
-        for line in read_text(self._root / "proc/meminfo").split("\n"):
-            words = line.split()
-            if len(words) == 3 and words[0] == "MemTotal:" and words[1].isdecimal():  # noqa: PLR2004 - a kB line
-                return int(words[1]) * 1024 or 1
-        return int(psutil.virtual_memory().total)
 
 
 class SafeGauge:

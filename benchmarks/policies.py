@@ -1,0 +1,100 @@
+"""Which policy waits least: recorded requests replayed through ours and published ones, at four capacities.
+
+    python -m benchmarks.policies [--traces FOLDER] [--only twin] [--jobs 2]
+
+What decides is reload seconds: the load times that somebody waited for, over the whole trace, first loads included.
+The rows: ours (``worth pruned`` keeps victims that the others make unnecessary), plain references of GDSF and
+GreedyDual, and, out of reach since they know the future, Belady and Belady by cost. libCacheSim's where it is
+installed (group ``bench``). The exit status is 1 where a figure is more than 1 % off what an independent program got.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from benchmarks.report import machine
+from benchmarks.simulator import expected, foreign, peers, report, traces
+from benchmarks.simulator.tiers import Outcome, replay, replay_two
+from benchmarks.simulator.traces import Trace
+from modelcache.policies import Policy, make_policy
+
+PRUNED = "worth pruned"
+PUBLISHED: dict[str, Callable[[], Policy]] = {"GDSF": peers.Gdsf, "GreedyDual": peers.GreedyDual}
+OFFLINE: dict[str, Callable[[Trace], Policy]] = {"Belady": peers.Belady, "Belady by cost": peers.BeladyCost}
+FOREIGN = {f"libCacheSim {name}": name for name in foreign.NAMES}
+ROWS = ("lru", "lfu", "fifo", "worth", PRUNED, *PUBLISHED, *OFFLINE)
+MEMORY, DISK = 0.1, 0.3  # of the bytes of all models, in the run with two tiers
+
+
+def policy_of(row: str, trace: Trace) -> Policy:
+    """Return a new policy for a row."""
+    if row in OFFLINE:
+        return OFFLINE[row](trace)
+    return PUBLISHED[row]() if row in PUBLISHED else make_policy(row.removesuffix(" pruned"), "policy")
+
+
+def run(folder: Path, name: str, row: str, share: float) -> Outcome:
+    """Replay one trace through one row at one capacity."""
+    trace = traces.read(folder, name)
+    if row in FOREIGN:
+        return foreign.replay(trace, FOREIGN[row], trace.share(share))
+    return replay(trace, policy_of(row, trace), trace.share(share), spare=row == PRUNED)
+
+
+def run_two(folder: Path, name: str, policy: str) -> Outcome:
+    """Replay one trace through two tiers."""
+    trace = traces.read(folder, name)
+    return replay_two(trace, functools.partial(policy_of, policy, trace), trace.share(MEMORY), trace.share(DISK))
+
+
+def examine(pool: ProcessPoolExecutor, folder: Path, name: str) -> list[expected.Check]:
+    """Replay one trace, print what it came to, and return the figures to check."""
+    rows = [*ROWS, *(FOREIGN if foreign.INSTALLED else ())]
+    missing = [] if foreign.INSTALLED else [f"{row}: not run, libcachesim is not installed" for row in FOREIGN]
+    jobs = {(row, share): pool.submit(run, folder, name, row, share) for share in expected.SHARES for row in rows}
+    two = {policy: pool.submit(run_two, folder, name, policy) for policy in ("lru", "worth")}
+    outcomes = {row: [jobs[row, share].result() for share in expected.SHARES] for row in rows}
+    trace = traces.read(folder, name)
+    heading = f"{name}: {len(trace.requests):,} requests for {len(trace.bytes):,} models"
+    report.print_trace(heading, outcomes, missing)
+    waited = {policy: job.result().seconds for policy, job in two.items()}
+    ratio = waited["worth"] / waited["lru"]
+    sys.stdout.write(
+        f"\ntwo tiers, memory {MEMORY:.0%} over disk {DISK:.0%}: worth waits {waited['worth']:,.0f} s, "
+        f"lru {waited['lru']:,.0f} s ({ratio:.3f})\n"
+    )
+    sys.stdout.flush()
+    found = [
+        check
+        for place, (lru, worth) in enumerate(zip(outcomes["lru"], outcomes["worth"], strict=True))
+        for check in expected.checks(name, place, lru.misses, lru.seconds, worth.seconds)
+    ]
+    if name in expected.TWO_TIERS:
+        found.append(expected.Check(f"{name} two tiers", expected.TWO_TIERS[name], ratio, 0, most=True))
+    return found
+
+
+def main() -> int:
+    """Replay, print, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=Path, default=traces.FOLDER, help="a folder of traces (see its README)")
+    parser.add_argument("--only", action="append", help="one trace by name; may be given again")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--rounds", help="not used: a replay comes out the same every time")
+    options = parser.parse_args()
+    names = options.only or traces.names(options.traces)
+    if not names:
+        parser.error(f"no *.requests.csv.gz in {options.traces}")
+    sys.stdout.write(f"{machine()}\n")
+    with ProcessPoolExecutor(options.jobs) as pool:
+        checks = [check for name in names for check in examine(pool, options.traces, name)]
+    report.print_checks(checks)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""Tiers without models: a policy is told and asked as the library's tiers do, and the waiting is added up.
+
+A request is booked first, victims go next, the newcomer comes in last, so it is never its own victim. A model
+larger than its tier is loaded for the request and not kept. Nothing is leased and nothing fails here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import attrs
+
+from benchmarks.simulator.traces import Trace
+from modelcache.policies import Policy, Resident
+
+
+@attrs.frozen
+class Outcome:
+    """What one replay came to.
+
+    Attributes:
+        misses: requests whose model was not there, over all.
+        bytes: bytes of these, over the bytes of all.
+        seconds: what those who missed waited, first loads included.
+    """
+
+    misses: float
+    bytes: float
+    seconds: float
+
+
+class Tier:
+    """One tier.
+
+    Args:
+        policy: who goes first.
+        capacity: bytes.
+        spare: keep a victim that the others make unnecessary, the most worthy first.
+    """
+
+    def __init__(self, policy: Policy, capacity: int, *, spare: bool = False) -> None:
+        self.policy = policy
+        self.resident: dict[str, int] = {}
+        self._free = self._capacity = capacity
+        self._clock = 0
+        self._spare = spare
+
+    def requested(self, model: str) -> bool:
+        """Book a request; return whether the model is here."""
+        self._clock += 1
+        self.policy.requested(model, self._clock)
+        return model in self.resident
+
+    def admit(self, model: str, size: int, cost: float) -> list[str] | None:
+        """Make room for a model and take it in; return who left, or None where it is larger than the tier."""
+        if size > self._capacity:
+            return None
+        victims = self._victims(size - self._free) if size > self._free else []
+        for victim in victims:
+            self._free += self.resident.pop(victim)
+            self.policy.removed(victim)
+        self.resident[model] = size
+        self._free -= size
+        self.policy.admitted(Resident(model, size, cost))
+        return victims
+
+    def price(self, model: str, cost: float) -> None:
+        """Tell the policy that bringing back a resident model now costs something else."""
+        self.policy.admitted(Resident(model, self.resident[model], cost))
+
+    def _victims(self, need: int) -> list[str]:
+        chosen = []
+        for victim in self.policy.victims(need, self.resident.keys()):
+            chosen.append(victim)
+            need -= self.resident[victim]
+            if need <= 0:
+                break
+        return self._needed(chosen, -need) if self._spare else chosen
+
+    def _needed(self, chosen: list[str], surplus: int) -> list[str]:
+        kept = []
+        for victim in reversed(chosen):
+            if self.resident[victim] <= surplus:
+                surplus -= self.resident[victim]
+            else:
+                kept.append(victim)
+        return kept[::-1]
+
+
+def replay(trace: Trace, policy: Policy, capacity: int, *, spare: bool = False) -> Outcome:
+    """Replay a trace through one memory tier whose disk holds everything: a miss costs the load."""
+    tier = Tier(policy, capacity, spare=spare)
+    missed = []
+    for model in trace.requests:
+        if not tier.requested(model):
+            missed.append(model)
+            tier.admit(model, trace.bytes[model], trace.load[model])
+    return outcome(trace, missed, trace.load)
+
+
+def replay_two(trace: Trace, make: Callable[[], Policy], memory: int, disk: int) -> Outcome:
+    """Replay a trace through memory over disk, each with a policy of its own.
+
+    The disk tier hears of memory misses only. To memory a model costs its load, and its fetch too while its
+    artifact is not on disk. ``memory`` and ``disk`` are bytes; the misses are those of memory.
+    """
+    upper, lower = Tier(make(), memory), Tier(make(), disk)
+    missed, fetched = [], 0.0
+    for model in trace.requests:
+        if upper.requested(model):
+            continue
+        missed.append(model)
+        size, load, fetch = trace.bytes[model], trace.load[model], trace.fetch[model]
+        if not lower.requested(model):
+            fetched += fetch
+            for gone in lower.admit(model, size, fetch) or ():
+                if gone in upper.resident:
+                    upper.price(gone, trace.load[gone] + trace.fetch[gone])
+        upper.admit(model, size, load if model in lower.resident else load + fetch)
+    result = outcome(trace, missed, trace.load)
+    return attrs.evolve(result, seconds=result.seconds + fetched)
+
+
+def outcome(trace: Trace, missed: Iterable[str], cost: Mapping[str, float]) -> Outcome:
+    """Add up the requests that missed."""
+    missed = list(missed)
+    sizes = trace.bytes
+    return Outcome(
+        misses=len(missed) / len(trace.requests),
+        bytes=sum(sizes[model] for model in missed) / sum(sizes[model] for model in trace.requests),
+        seconds=sum(cost[model] for model in missed),
+    )

@@ -1,0 +1,66 @@
+"""Whether evicting helps: batches that free far less than they promise, time after time, are stopped.
+
+What grew then is not the cache's, or somebody still holds the models. Every method runs under the cache's guard;
+``memory.evicting`` weighs each batch and tells.
+"""
+
+_ROW = 3  # such batches in a row
+_SHARE = 10  # a batch that frees less than a tenth of what it promised has not helped
+_GRAIN = 1024  # promises are judged once they add up to this share of ``high``: less is noise
+
+
+class Futility:
+    """One cache's experience with its latest evictions.
+
+    Args:
+        rest: seconds that an episode pauses evictions, before one more batch is tried.
+    """
+
+    def __init__(self, rest: float) -> None:
+        self._rest = rest
+        self._row = 0
+        self._promised = self._freed = self._explained = 0
+        self._until = 0.0
+        self.promised = 0
+        self.freed = 0
+        self.episode = False
+
+    def stopped(self, now: float) -> bool:
+        """Whether evictions for the watermark rest now, as they did not help."""
+        return self._row >= _ROW and now < self._until
+
+    def judge(self, promised: int, freed: int, explained: int, high: int, now: float) -> bool:
+        """Weigh a batch; return whether this one begins an episode, which is to be told.
+
+        Args:
+            promised: bytes of its footprints.
+            freed: bytes that the gauge fell by.
+            explained: bytes that loads under way may have taken meanwhile.
+            high: the watermark.
+            now: monotonic seconds.
+        """
+        self._promised += promised
+        self._freed += freed
+        self._explained = max(self._explained, explained)
+        if self._promised * _GRAIN < high:
+            return False
+        helped = (self._freed + self._explained) * _SHARE >= self._promised and self._freed + self._explained > 0
+        if helped:
+            self.over()
+            return False
+        self._row += 1
+        self.promised += self._promised
+        self.freed += self._freed
+        self._promised = self._freed = self._explained = 0
+        if self._row < _ROW:
+            return False
+        self._until = now + self._rest
+        begins, self.episode = not self.episode, True
+        return begins
+
+    def over(self) -> None:
+        """Forget: a batch helped, or memory in use is below the watermark again."""
+        self._row = 0
+        self._promised = self._freed = self._explained = 0
+        self.promised = self.freed = 0
+        self.episode = False

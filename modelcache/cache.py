@@ -1,27 +1,25 @@
-"""``ModelCache``: the story of a lookup, and the only module that knows all parts.
+"""``ModelCache``: what a user holds in hand, and the only module that knows all parts.
 
-A warm hit is a dict lookup and a note of use; it takes no lock (``memory.entries``). A miss joins or starts a flight
-(``flights``), which a thread of the cache's own runs (``workers``): find, or fetch, the artifact (``fetching``),
-make room in memory, load, land (``loading``). Decisions are made under one lock (``guard``), and acted on outside it.
+A warm hit is a dict lookup and a note of use; it takes no lock (``memory.entries``). A miss (``lookup``) joins or
+starts a flight (``flights``), which a thread of the cache's own runs (``workers``): find, or fetch, the artifact
+(``fetching``), make room in memory, load, land (``loading``). Decisions are made under one lock (``guard``), and
+acted on outside it.
 """
 
 import functools
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
-from modelcache import census, lifecycle
+from modelcache import census, explaining, lifecycle
 from modelcache.closing import Life
 from modelcache.disk.tier import DiskTier
-from modelcache.errors import CacheClosed
 from modelcache.events import Event, Reason
-from modelcache.flights import Cancelled, Flight
-from modelcache.identity import me
 from modelcache.ids import validate_id
+from modelcache.lookup import Lookup
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import DEFAULT, Lease
 from modelcache.memory.tier import MemoryTier
@@ -30,6 +28,7 @@ from modelcache.prefetching import Prefetch, check_request
 from modelcache.reports import ModelInfo, Stats
 from modelcache.sources import Source
 from modelcache.units import parse_timeout
+from modelcache.watching import Watch
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
@@ -55,6 +54,8 @@ class ModelCache(Generic[T]):
         loaders: most fetches and loads under way at once.
         timeout: seconds that a lookup waits; None: for ever. The fetch and the load go on when it ends.
         retry_after: seconds for which a failed fetch or load answers before it is tried again.
+        revalidate_after: seconds after which the source is asked whether a model in use has a new version, which is
+            then brought in as ``refresh`` does; nobody waits for it. None: only ``refresh`` asks.
 
     Raises:
         ConfigError: a setting can't work.
@@ -65,7 +66,7 @@ class ModelCache(Generic[T]):
     with threads of its own. Close it when done: ``with ModelCache(...) as cache`` or ``close()``.
     """
 
-    __slots__ = ("__weakref__", "_desk", "_gettable", "_life", "_orders", "_parts", "_resident", "_timeout")
+    __slots__ = ("__weakref__", "_desk", "_gettable", "_life", "_orders", "_parts", "_resident")
 
     def __init__(
         self,
@@ -79,15 +80,19 @@ class ModelCache(Generic[T]):
         loaders: int = 4,
         timeout: float | None = 60.0,
         retry_after: float = 5.0,
+        revalidate_after: float | None = None,
     ) -> None:
-        self._timeout = parse_timeout(timeout)
+        wait = parse_timeout(timeout)
         self._parts: Machinery[T] = Machinery(
-            source, load, disk, memory, unload, size_of, loaders, retry_after, self._lookup
+            source, load, disk, memory, unload, size_of, loaders, retry_after, revalidate_after
         )
+        lookup: Lookup[T] = Lookup(self._parts, wait)
+        self._parts.residents.lookup = lookup
+        self._parts.look = Watch(self._parts)
         self._desk = self._parts.residents
         self._resident = self._desk.resident
         self._gettable = self._resident if unload is None else {}
-        self._orders = Orders(self._parts)
+        self._orders = Orders(self._parts, wait)
         self._life = Life(self._parts)
         lifecycle.enrol(self._life)
 
@@ -152,75 +157,6 @@ class ModelCache(Generic[T]):
         lease._timeout = timeout  # noqa: SLF001
         return lease
 
-    def _lookup(self, lease: Lease[T]) -> T:
-        """Acquire a lease whose model was not found by the warm path."""
-        model = lease.model
-        timeout = self._timeout if lease.timeout is DEFAULT else parse_timeout(lease.timeout)
-        self._parts.enter(f"lookup of {model!a}")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            while True:
-                flight, new = self._board(model, lease)
-                if flight is None:
-                    break
-                self._parts.start(flight, new=new)
-                end = flight.done if self._parts.flights.running() is None else flight.landing
-                arrived = end.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
-                self._disembark(model, lease)
-                if lease.held is not None:
-                    break
-                if not arrived or not isinstance(flight.error, Cancelled):
-                    raise flight.outcome(timeout)  # noqa: TRY301 - what is caught here cleans up after it
-            entry = lease.held
-            assert entry is not None  # noqa: S101 - boarding or landing held it
-            if flight is None:
-                self._desk.note(entry)
-            value = entry.value
-            self._parts.pass_on()
-        except BaseException:  # whatever it is, nobody gets this lease
-            self._disembark(model, lease)
-            lease.release()
-            self._parts.pass_on()
-            raise
-        return value
-
-    def _board(self, model: str, lease: Lease[T]) -> tuple[Flight[T] | None, bool]:
-        """Hold the model if it is in memory after all, else wait for its flight; one decision under the guard."""
-        parts = self._parts
-        with parts.guard:
-            asker = parts.flights.running()
-            if parts.closed and asker is None:
-                raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
-            entry = self._desk.find(model, stays=not parts.closed)
-            if entry is not None:
-                lease.hold(entry, me())
-                return None, False
-            event = parts.missed(model)
-            failure = parts.flights.failure(model)
-            flight, new = None, False
-            if failure is None:
-                flight, new = parts.flights.start(model, Reason.REQUEST, to_memory=True, parent=asker)
-                if asker is not None:
-                    failure = parts.flights.circle(flight, asker)
-                if failure is None:
-                    flight.waiters[lease] = me()
-                    if asker is not None:
-                        asker.blocked_on.add(flight)
-        parts.teller.tell([event])
-        if failure is not None:
-            raise failure
-        return flight, new
-
-    def _disembark(self, model: str, lease: Lease[T]) -> None:
-        """Stop waiting, whatever happened."""
-        with (parts := self._parts).guard:
-            flight, asker = parts.flights.active.get(model), parts.flights.running()
-            if flight is not None:
-                flight.waiters.pop(lease, None)
-            if asker is not None:
-                asker.blocked_on = {ahead for ahead in asker.blocked_on if ahead is not flight and not ahead.landed}
-            parts.guard.notify()
-
     def prefetch(self, ids: Iterable[str], tier: Literal["memory", "disk"] = "memory") -> Prefetch:
         """Bring models in before anybody asks for them; return at once.
 
@@ -249,6 +185,31 @@ class ModelCache(Generic[T]):
             Whether it is gone from both; True for one that was not there.
         """
         return self._orders.drop(validate_id(id), Reason.DELETE)
+
+    def refresh(self, id: str, *, timeout: float | None = DEFAULT) -> bool:
+        """Ask the source for a new version of a model that is in a tier, and bring it in beside the old one.
+
+        New lookups get the new version once it is there; leases finish on the old one, which then goes (``Unloaded``
+        with reason ``REPLACED``). Where anything fails the old version stays in memory.
+
+        Args:
+            id: the model's.
+            timeout: seconds to wait in place of the cache's own; None: for ever. It goes on when that ends.
+
+        Returns:
+            Whether there was a new version; False also for a model in no tier.
+
+        Raises:
+            ModelCacheError: as ``get``.
+        """
+        return self._orders.refresh(validate_id(id), timeout)
+
+    def explain(self, id: str) -> str:
+        """Return in plain words, with figures, where a model is, what pushed it out and why, what that has cost since.
+
+        Looking is no use of a model.
+        """
+        return explaining.explain(self._parts, validate_id(id))
 
     def models(self) -> list[ModelInfo]:
         """Return a row for each model in a tier, sorted by id; looking is no use of a model."""

@@ -1,5 +1,7 @@
 """``models()`` and ``stats()``: one look at all parts of a cache. Looking is no use of a model."""
 
+import time
+from collections import Counter
 from typing import Any
 
 from modelcache.machinery import Machinery
@@ -22,18 +24,35 @@ def models(parts: Machinery[Any]) -> list[ModelInfo]:
                 leases=0,
                 hits=life.hits if (life := parts.residents.lives.of(model)) else 0,
                 last_used=item.used,
+                **_sizes(parts, model),
             )
-        for entry in [*parts.residents.leaving, *parts.residents.entries()]:
+        residents = parts.residents
+        leases = Counter[str]()  # those on a version that was replaced count as the model's
+        for entry in [*residents.leaving, *residents.doomed.values(), *residents.resident.values()]:
+            leases[entry.model] += len(entry.holds)
             rows[entry.model] = ModelInfo(
                 model=entry.model,
                 tier="memory",
                 state="unloading" if entry.retired else "in memory",
                 bytes=entry.bytes,
-                leases=len(entry.holds),
+                leases=leases[entry.model],
                 hits=entry.hits,
                 last_used=entry.used,
+                **_sizes(parts, entry.model),
             )
     return [rows[model] for model in sorted(rows)]
+
+
+def _sizes(parts: Machinery[Any], model: str) -> dict[str, Any]:
+    """Return what is known of a model's size, as fields of its row; the guard is held."""
+    lingering, age = parts.residents.lingering.of(model)
+    sizes = {"lingering": lingering, "lingering_for": age}
+    known = parts.residents.footprints.known(model)
+    if known is None:
+        return sizes
+    in_use = "measured" if known.resident is not None else "given" if known.given else "estimate"
+    figures = {"estimate": known.estimate, "measured": known.resident, "doubtful": known.doubtful, "peak": known.peak}
+    return {**sizes, **figures, "in_use": in_use}
 
 
 def stats(parts: Machinery[Any]) -> Stats:
@@ -63,6 +82,14 @@ def stats(parts: Machinery[Any]) -> Stats:
             memory_high=limits.high,
             memory_low=limits.low,
             memory_models=residents.tracked(),
+            lingering=len(residents.lingering.look()),
+            lingering_bytes=residents.lingering.bytes(),
+            reloads=residents.lives.reloads,
+            reload_seconds=residents.lives.reload_seconds,
+            regrets=residents.lives.regrets,
+            pressed=parts.evictor.stopped(),
+            thrashing=residents.thrash.active,
+            swap_share=residents.thrash.share(time.monotonic()),
             memory_reserved=sum(plan.peak for plan in residents.reserved.values()),
             disk_used=parts.shelf.index.used(),
             disk_budget=disk_budget,

@@ -132,7 +132,10 @@ class Fetcher(Generic[T]):
             return held
         try:
             return self._from_source(flight, held)
-        except BaseException:
+        except BaseException as error:
+            if held is not None and isinstance(error, ModelCacheError) and flight.waiters:
+                flight.stale = error  # who waits for the model wants it; only who asked for a new version hears of this
+                return held
             if held is not None:
                 self.shelf.release(held)
             raise
@@ -158,6 +161,7 @@ class Fetcher(Generic[T]):
                 with self.guard:
                     self.guard.wait(RECHECK)
             else:
+                flight.renewed = held is not None
                 if held is not None:
                     self.shelf.release(held)
                 return fresh

@@ -63,6 +63,8 @@ class Flight(Generic[T]):
         thread: identity of the thread that runs it.
         fetch_seconds: what the fetch took; 0 where the artifact was there.
         refresh: whether the source is asked although the artifact is there.
+        renewed: whether it brought in a new version.
+        stale: why it could not ask for one, where it goes on with the old one.
         scale: what its load is weighed with; None before that.
     """
 
@@ -84,6 +86,8 @@ class Flight(Generic[T]):
         self.thread: object = None
         self.fetch_seconds = 0.0
         self.refresh = False
+        self.renewed = False
+        self.stale: ModelCacheError | None = None
         self.scale: Scale | None = None
         self.landing = threading.Event()
         self.done = threading.Event()
@@ -227,7 +231,7 @@ class Flights(Generic[T]):
     def fail(self, flight: Flight[T], error: ModelCacheError) -> None:
         """End a flight in an error, and remember it where that helps."""
         flight.error = error
-        if self._retry_after and not isinstance(error, _NEVER_REMEMBERED):
+        if self._retry_after and not flight.refresh and not isinstance(error, _NEVER_REMEMBERED):
             self._failures.pop(flight.model, None)
             self._failures[flight.model] = (error, time.monotonic() + self._retry_after)
             while len(self._failures) > _MOST_REMEMBERED:

@@ -136,6 +136,8 @@ class Loader(Generic[T]):
         found = self.fetcher.find(flight)
         try:
             with self.guard:
+                if flight.refresh and self._outdated(flight.model, found):
+                    flight.to_memory = flight.renewed = True
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:
@@ -144,6 +146,11 @@ class Loader(Generic[T]):
         finally:
             if isinstance(found, Held) and flight.entry is None:  # else the entry keeps it
                 self.shelf.release(found)
+
+    def _outdated(self, model: str, found: Held | InPlace) -> bool:
+        """Whether what is in memory is another version than what was found; the guard is held."""
+        entry = self.residents.resident.get(model)
+        return entry is not None and entry.version != found.version
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:
         """Make room, load and land; from then on the entry keeps what was found."""

@@ -20,6 +20,7 @@ from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
 from modelcache.events import Hit, Missed, Reason
 from modelcache.fetching import Fetcher
 from modelcache.flights import Flight, Flights
+from modelcache.freshness import Freshness
 from modelcache.guard import Guard
 from modelcache.history import History
 from modelcache.hooks import Hooks
@@ -27,7 +28,7 @@ from modelcache.identity import me
 from modelcache.loading import Loader
 from modelcache.memory.admission import Admission
 from modelcache.memory.choosing import Choosing
-from modelcache.memory.entries import Entry, Lease
+from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.garbage import Garbage
 from modelcache.memory.measuring import Measuring
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 
 class Machinery(Generic[T]):
-    """The parts of one cache; arguments as of ``ModelCache``, and how it looks a model up."""
+    """The parts of one cache; arguments as of ``ModelCache``, which sets ``look``, the monitor's."""
 
     def __init__(
         self,
@@ -59,13 +60,15 @@ class Machinery(Generic[T]):
         size_of: Callable[[str, Path], int] | None,
         loaders: int,
         retry_after: float,
-        lookup: Callable[[Lease[T]], T],
+        revalidate_after: float | None,
     ) -> None:
         make = make_load(load)
         unload = None if unload is None else check_callable(unload, "unload", 1)
         size_of = None if size_of is None else check_callable(size_of, "size_of", 2)
         self.workers = Workers(parse_count(loaders, "loaders"))
         retry_after = parse_seconds(retry_after, "retry_after", zero=True)
+        if revalidate_after is not None:
+            revalidate_after = parse_seconds(revalidate_after, "revalidate_after")
         self.source = source_from(source)
         self.memory: MemoryTier = _unused(memory, MemoryTier, "memory")
         self.disk: DiskTier = _unused(disk, DiskTier, "disk")
@@ -73,9 +76,10 @@ class Machinery(Generic[T]):
         self.hooks = Hooks()
         self.teller = Teller(self.hooks)
         self.closed = False
+        self.look: Callable[[], bool] = lambda: True
         self.ended: Callable[[], None] = lambda: None
         self._inherited: list[Entry[T]] | None = None
-        self.residents: Residents[T] = Residents(self.memory.policy, lookup, self._hit, self._released)
+        self.residents: Residents[T] = Residents(self.memory.policy, self._hit, self._released)
         garbage = Garbage()
         choosing: Choosing[T] = Choosing(self.residents, self.memory.policy)
         self.history: History[T] = History(self.residents, self.memory.policy, self.guard)
@@ -97,6 +101,7 @@ class Machinery(Generic[T]):
         self.fetcher: Fetcher[T] = Fetcher(
             self.source, self.shelf, self.flights, self.residents, self.guard, self.teller
         )
+        self.freshness = Freshness(revalidate_after)
         self.loader: Loader[T] = Loader(
             fetcher=self.fetcher,
             shelf=self.shelf,
@@ -116,12 +121,16 @@ class Machinery(Generic[T]):
             landed=self.monitor.start,
         )
 
+    def _look(self) -> bool:
+        return self.look()
+
     def pass_on(self) -> None:
         """At the end of a verb: log what users' policies did wrong, raise an interrupt kept from user code."""
-        self._report_policies()
+        self.report_policies()
         self.teller.pass_on()
 
-    def _report_policies(self) -> None:
+    def report_policies(self) -> None:
+        """Log what users' policies did wrong; keep an interrupt that came from one."""
         for policy in (self.memory.policy, self.disk.policy):
             if isinstance(policy, Guarded):
                 try:
@@ -213,14 +222,6 @@ class Machinery(Generic[T]):
         self.disk_room.shrink()
         self.finish()
         self.pass_on()
-
-    def _look(self) -> bool:
-        self.room.look()
-        self._report_policies()
-        self.teller.drop()
-        self.finish()
-        with self.guard:
-            return bool(self.residents.resident or self.residents.doomed)
 
     def finish(self) -> bool:
         """Remove the temporary folder once a closed cache has nothing left; return whether it has nothing left."""

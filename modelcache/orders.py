@@ -1,24 +1,30 @@
 """What is ordered of a cache beside lookups: bring models in ahead of time, drop them from memory or from disk."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
 from modelcache.errors import CacheClosed
 from modelcache.events import Reason
 from modelcache.flights import Cancelled
+from modelcache.freshness import Refreshing
 from modelcache.machinery import Machinery
+from modelcache.memory.entries import DEFAULT
 from modelcache.prefetching import Prefetch
+from modelcache.units import parse_timeout
 
 
 class Orders:
-    """Carries out ``prefetch``, ``unload`` and ``delete``.
+    """Carries out ``prefetch``, ``refresh``, ``unload`` and ``delete``.
 
     Args:
         parts: the cache's parts.
+        timeout: seconds that ``refresh`` waits where it does not say otherwise; None: for ever.
     """
 
-    def __init__(self, parts: Machinery[Any]) -> None:
+    def __init__(self, parts: Machinery[Any], timeout: float | None) -> None:
         self._parts = parts
+        self._timeout = timeout
 
     def bring(self, models: list[str], *, to_memory: bool) -> Prefetch:
         """Begin to bring models in, and return the handle.
@@ -76,6 +82,40 @@ class Orders:
                 self._parts.guard.notify()
             if unwanted:
                 self._parts.abandon(flight, Cancelled(f"the prefetch of {model!a} was cancelled", model=model))
+
+    def refresh(self, model: str, timeout: float | None) -> bool:
+        """Bring in a new version of a model that is in a tier; return whether there was one.
+
+        Raises:
+            ModelCacheError: it could not be brought in, and the old one stays.
+        """
+        parts = self._parts
+        timeout = self._timeout if timeout is DEFAULT else parse_timeout(timeout)
+        parts.enter(f"refresh({model!a})")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with parts.guard:
+                if parts.closed:
+                    raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
+                there = parts.residents.resident.get(model)
+                if there is None and model not in parts.shelf.index.present():
+                    return False
+                flight, new = parts.flights.start(
+                    model, Reason.REFRESH, to_memory=False, parent=parts.flights.running()
+                )
+                flight.refresh = mine = new or flight.refresh
+                watcher = Refreshing()
+                flight.watchers.add(watcher)
+            parts.start(flight, new=new)
+            arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+            if not arrived or (mine and flight.error is not None and not isinstance(flight.error, Cancelled)):
+                parts.pass_on()
+                raise flight.outcome(timeout)
+            if mine and flight.error is None:
+                parts.pass_on()
+                if flight.stale is not None:
+                    raise flight.stale.fresh()
+                return flight.renewed
 
     def drop(self, model: str, reason: Reason) -> bool:
         """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""

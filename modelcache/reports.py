@@ -15,6 +15,14 @@ class ModelInfo:
         leases: how many leases hold it.
         hits: lookups that found it in memory, over all its loads in this process.
         last_used: seconds since the epoch of its last use; of hits, to within the monitor's interval.
+        estimate: bytes that it was expected to take before it was measured: the word of ``size_of``, or what artifacts
+            of its size usually become; None: never loaded.
+        measured: bytes that it took, blended over its loads; None: not measured yet.
+        doubtful: bytes of the last measurement that is not trusted, as others loaded meanwhile; None: none.
+        peak: bytes while it loads; None: not measured.
+        in_use: which decides: ``"measured"``, ``"given"`` (by ``size_of``) or ``"estimate"``; None: never loaded.
+        lingering: earlier loads of it that were unloaded, and that somebody still references.
+        lingering_for: seconds for which the oldest of these does.
     """
 
     model: str
@@ -24,6 +32,13 @@ class ModelInfo:
     leases: int
     hits: int
     last_used: float
+    estimate: int | None = None
+    measured: int | None = None
+    doubtful: int | None = None
+    peak: int | None = None
+    in_use: str | None = None
+    lingering: int = 0
+    lingering_for: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -48,7 +63,15 @@ class Stats:
         memory_high: upper watermark.
         memory_low: lower watermark.
         memory_models: footprints of the models in memory.
-        memory_reserved: reserved for loads under way.
+        memory_reserved: reserved for the peaks of loads under way.
+        lingering: models that were unloaded, and that somebody still references.
+        lingering_bytes: their footprints.
+        reloads: loads of models that were evicted under pressure before.
+        reload_seconds: time in these, fetches included.
+        regrets: reloads so soon that a memory tier of twice the size would have kept the model.
+        pressed: whether evictions rest, as they did not help (see ``Pressure``).
+        thrashing: whether more time goes into reloads than into serving (see ``Thrashing``).
+        swap_share: that share of the time, 0 to 1, over the last minute or more.
         disk_used: allocated or reserved on disk.
         disk_budget: its budget; None: bounded by ``min_free`` only.
         hook_errors: callbacks that raised.
@@ -74,6 +97,14 @@ class Stats:
     memory_low: int
     memory_models: int
     memory_reserved: int
+    lingering: int
+    lingering_bytes: int
+    reloads: int
+    reload_seconds: float
+    regrets: int
+    pressed: bool
+    thrashing: bool
+    swap_share: float
     disk_used: int
     disk_budget: int | None
     hook_errors: int

@@ -114,7 +114,9 @@ class Caches:
             settings.pop("load", book.load),
             unload=settings.pop("unload", book.unload),
             disk=DiskTier(self.folder / "disk" if folder is None else folder, **{"min_free": 0, **(disk or {})}),
-            memory=MemoryTier(**{"policy": "lru", **(memory or {})}),  # an order that does not depend on how fast loads are
+            memory=MemoryTier(
+                **{"policy": "lru", **(memory or {})}
+            ),  # an order that does not depend on how fast loads are
             **settings,
         )
         self._made.append((cache, book, leases_left))

@@ -29,11 +29,11 @@ _TOLD = 10_000  # uses of one drain that the policy hears of; older ones only co
 class Residents(Generic[T]):
     """The models of one cache that are in memory, on their way in, or on their way out.
 
-    It is also the desk of the leases (``memory.entries.Desk``): what of it the warm path reads is public.
+    It is also the desk of the leases (``memory.entries.Desk``): what of it the warm path reads is public. ``lookup`` is
+    set by the cache before its first use.
 
     Args:
         policy: who goes first.
-        lookup: everything but a warm hit.
         hit: tells those who listen for hits.
         released: looks at what a release makes possible.
     """
@@ -41,11 +41,10 @@ class Residents(Generic[T]):
     def __init__(
         self,
         policy: Policy,
-        lookup: Callable[[Lease[T]], T],
         hit: Callable[[Entry[T]], None],
         released: Callable[[Entry[T]], None],
     ) -> None:
-        self.lookup = lookup
+        self.lookup: Callable[[Lease[T]], T]
         self._hit = hit
         self.released = released
         self.resident: dict[str, Entry[T]] = {}

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALL = ("hit",)
+ALL = ("hit", "policies")
 
 
 def main() -> int:

@@ -50,7 +50,8 @@ class Flight(Generic[T]):
         model: its id.
         to_memory: whether it is to be loaded, or only fetched to disk; may be raised while it is under way.
         reason: who asked first.
-        state: ``"queued"``, ``"fetching"``, ``"waiting for room"``, ``"loading"`` or ``"done"``.
+        state: ``"queued"``, ``"fetching"``, ``"waiting for room"``, ``"waiting for a measurement"``, ``"loading"`` or
+            ``"done"``.
         waiters: leases that wait for it, each with the identity of its thread.
         watchers: prefetches that want it.
         blocked_on: flights whose end its loader waits for.

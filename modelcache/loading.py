@@ -141,8 +141,7 @@ class Loader(Generic[T]):
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:
-                entry, after = self._bring_into_memory(flight, found)
-                self._after_landing(flight, entry, after)
+                self._after_landing(flight, *self._bring_into_memory(flight, found))
         finally:
             if isinstance(found, Held) and flight.entry is None:  # else the entry keeps it
                 self.shelf.release(found)
@@ -175,6 +174,7 @@ class Loader(Generic[T]):
             sure = known.resident is not None or known.given
             entry = Entry(self.residents, flight.model, value, known.in_use, duration, sure=sure, keeps=keeps)
             entry.version = found.version
+            entry.latent = min(measured.latent, entry.bytes) if measured is not None else 0
             del value
             del self.residents.reserved[flight]
             self.residents.churn += 1

@@ -10,7 +10,8 @@ class ModelInfo:
     Attributes:
         model: its id.
         tier: ``"memory"`` or ``"disk"``, the highest it is in.
-        state: ``"in memory"``, ``"unloading"``, ``"on disk"``, ``"fetching"``, ``"waiting for room"`` or ``"loading"``.
+        state: ``"in memory"``, ``"unloading"``, ``"on disk"``, ``"fetching"``, ``"waiting for room"``,
+            ``"waiting for a measurement"`` (of a model that must load alone for it) or ``"loading"``.
         bytes: its footprint in memory, or what the file system allocated for it on disk.
         leases: how many leases hold it.
         hits: lookups that found it in memory, over all its loads in this process.

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from benchmarks.grid import grid
 from benchmarks.simulator.expected import SHARES, Check
 from benchmarks.simulator.tiers import Outcome
 
@@ -10,11 +11,11 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 """By policy, at each capacity."""
 
 
-def print_trace(heading: str, outcomes: Outcomes, missing: Sequence[str]) -> None:
+def print_trace(name: str, outcomes: Outcomes, missing: Sequence[str]) -> None:
     """Print three tables, a row a policy and a column a capacity: seconds, objects, bytes.
 
     Args:
-        heading: which trace.
+        name: which trace.
         outcomes: what it came to; "lru" among them.
         missing: rows that could not be run, with the reason.
     """
@@ -25,40 +26,24 @@ def print_trace(heading: str, outcomes: Outcomes, missing: Sequence[str]) -> Non
         return f"{one.seconds:,.0f} ({one.seconds / base[place].seconds:.3f})"
 
     cells: dict[str, Callable[[int, Outcome], str]] = {
-        "reload seconds (over lru)": seconds,
+        "reload seconds (over those of lru)": seconds,
         "object miss ratio": lambda _, one: f"{one.misses:.4f}",
         "byte miss ratio": lambda _, one: f"{one.bytes:.4f}",
     }
-    sys.stdout.write(f"\n{heading}\n")
     for title, cell in cells.items():
-        lines = [[name, *(cell(place, one) for place, one in enumerate(row))] for name, row in outcomes.items()]
-        print_lines([[title, *heads[1:]], *lines])
+        lines = [[policy, *(cell(place, one) for place, one in enumerate(row))] for policy, row in outcomes.items()]
+        grid(f"{name}: {title}", [heads, *lines])
     for line in missing:
         sys.stdout.write(f"{line}\n")
 
 
 def print_checks(checks: Sequence[Check]) -> None:
     """Print each figure beside what is expected."""
-    lines = [["figure", "expected", "got", "off", ""]]
+    lines = [["figure", "expected", "got", "off", "good"]]
     for check in checks:
         digits = 0 if check.expected > 1 else 4
         at_most = "<= " if check.most else ""
-        verdict = "" if check.passed else "TOO FAR OFF"
+        verdict = "yes" if check.passed else "NO"
         got, wanted = f"{check.got:.{digits}f}", f"{at_most}{check.expected:g}"
         lines.append([check.what, wanted, got, f"{check.deviation:+.2%}", verdict])
-    sys.stdout.write("\nOurs beside what an independent program got\n")
-    print_lines(lines)
-
-
-def print_lines(lines: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns, the first row as heads."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    sys.stdout.write("\n")
-    for number, line in enumerate(lines):
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
-        if not number:
-            sys.stdout.write("  ".join("-" * width for width in widths).rstrip() + "\n")
+    grid("Ours beside what an independent program got", lines)

@@ -4,7 +4,7 @@ A request is booked first, victims go next, the newcomer comes in last, so it is
 larger than its tier is loaded for the request and not kept. Nothing is leased and nothing fails here.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -96,13 +96,12 @@ def replay(trace: Trace, policy: Policy, capacity: int, *, spare: bool = False) 
     return outcome(trace, missed, trace.load)
 
 
-def replay_two(trace: Trace, make: Callable[[], Policy], memory: int, disk: int) -> Outcome:
-    """Replay a trace through memory over disk, each with a policy of its own.
+def replay_two(trace: Trace, upper: Tier, lower: Tier) -> Outcome:
+    """Replay a trace through memory (``upper``) over disk (``lower``).
 
     The disk tier hears of memory misses only. To memory a model costs its load, and its fetch too while its
-    artifact is not on disk. ``memory`` and ``disk`` are bytes; the misses are those of memory.
+    artifact is not on disk. The misses are those of memory.
     """
-    upper, lower = Tier(make(), memory), Tier(make(), disk)
     missed, fetched = [], 0.0
     for model in trace.requests:
         if upper.requested(model):

@@ -7,6 +7,8 @@ outside, are ``memory.room``.
 import time
 from typing import Generic, Protocol, TypeVar
 
+import attrs
+
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Reason
 from modelcache.guard import Guard
@@ -112,7 +114,7 @@ class Admission(Generic[T]):
                 self._guard.notify()
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
-        residents, most, rows, bare = self._residents, 1, 0, False
+        residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
         since = time.monotonic()
         while True:
             churn = residents.churn
@@ -121,11 +123,12 @@ class Admission(Generic[T]):
             _refuse_too_large(applicant.model, plan, limits)
             with self._guard:
                 residents.drain()
-                shortage = self._choosing.newcomer(limits, plan.resident if bare else plan.peak, plan.resident)
+                need = plan.resident if bare else _peak(plan, limits)
+                shortage = self._choosing.newcomer(limits, need, plan.resident)
                 turn = applicant.nested or next(iter(residents.line), token) is token
                 clear = self._clear(token, plan, since, nested=applicant.nested)
                 if turn and clear and shortage.fits and not self._leaving(applicant, applicant.model):
-                    residents.reserved[token] = plan
+                    residents.reserved[token] = attrs.evolve(plan, peak=need)
                     if plan.alone:
                         self._solo = (token, time.monotonic() + _PATIENCE)
                     applicant.refused(None)
@@ -142,7 +145,10 @@ class Admission(Generic[T]):
                     bare = bare or self._may_go_bare(applicant, plan, limits, turn=turn)
                     if not bare or not self._choosing.newcomer(limits, plan.resident, plan.resident).fits:
                         rows = rows + 1 if stopped else 0
-                        self._wait(applicant, plan, shortage, turn=turn, rows=rows)
+                        applicant.state = "waiting for room" if clear else "waiting for a measurement"
+                        lost = not rows and self._lost(applicant, shortage, turn=turn)
+                        losses = losses + 1 if lost else 0
+                        self._wait(applicant, plan, shortage, losses=losses, rows=rows)
             if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
                 self._unloader.collect(urgent=True)
                 self._garbage.give_back()
@@ -183,24 +189,29 @@ class Admission(Generic[T]):
         waiting = applicant.threads()
         return any(entry.retirer not in waiting and model in {None, entry.model} for entry in self._residents.leaving)
 
-    def _wait(self, applicant: Applicant, plan: Plan, shortage: Shortage, *, turn: bool, rows: int) -> None:
+    def _wait(self, applicant: Applicant, plan: Plan, shortage: Shortage, *, losses: int, rows: int) -> None:
         """Wait for something to change; the guard is held.
 
         Raises:
             NoRoom: nothing will, or evictions still rest (``rows``) since they did not help.
             Cancelled: it was told to stop, or nobody waits for it any more.
         """
-        applicant.state = "waiting for room"
         applicant.check()
         refusal = self._no_room(applicant.model, shortage)
-        lost = not shortage.fits and not rows and (turn or not self._residents.idle())
-        lost = lost and not self._leaving(applicant) and applicant.hopeless()
-        own = applicant.own_threads() & self._residents.holding_threads()
-        mine = turn or bool(own)  # else the head of the line decides
-        if rows > 1 or (lost and mine):
+        if rows > 1 or losses > 1:
             raise refusal
         applicant.refused(refusal)
+        if losses:  # leases come and go without the guard: look once more before that is final
+            return
         self._guard.wait(min(self._tier.interval, _PATIENCE) if plan.alone or self._solo[0] else self._tier.interval)
+
+    def _lost(self, applicant: Applicant, shortage: Shortage, *, turn: bool) -> bool:
+        """Whether nothing that others do will make room; the guard is held."""
+        if shortage.fits or self._leaving(applicant) or not applicant.hopeless():
+            return False
+        own = applicant.own_threads() & self._residents.holding_threads()
+        mine = turn or bool(own)  # else the head of the line decides
+        return mine and not self._choosing.suffices(shortage) and applicant.hopeless()
 
     def _no_room(self, model: str, shortage: Shortage) -> NoRoom:
         """Return the error that says what is in the way; the guard is held."""
@@ -234,6 +245,11 @@ _SETTING = {
     Reason.MEMORY_BUDGET: "budget",
     Reason.MAX_MODELS: "max_models",
 }
+
+
+def _peak(plan: Plan, limits: Limits) -> int:
+    """Return the bytes to reserve for a peak: one that is only estimated takes no more than half of what is allowed."""
+    return plan.peak if plan.peak_sure else min(plan.peak, max(plan.resident, limits.high // 2))
 
 
 def _refuse_too_large(model: str, plan: Plan, limits: Limits) -> None:

@@ -116,6 +116,15 @@ class Choosing(Generic[T]):
                 shortage = spared
         return [entry for entry in picked if self._residents.retire(entry, shortage.reason)]
 
+    def suffices(self, shortage: Shortage) -> bool:
+        """Whether all that may go now would be enough; with a footprint that was only guessed it may be."""
+        for entry in self._residents.entries():
+            if not entry.holds:
+                if not entry.sure and shortage.over_high > 0:
+                    return True
+                shortage = shortage.after(entry)
+        return shortage.met
+
     def _ranked(self, need: int, among: Collection[str] | None) -> Iterator[Entry[T]]:
         residents = self._residents
         yield from [entry for entry in residents.doomed.values() if not entry.holds and among is None]  # go anyway

@@ -32,6 +32,7 @@ class Entry(Generic[T]):
         seen: of these, who was seen at the last look at ages, and since when.
         retired: set, under the guard, by whoever takes it out of memory; undone where a hold came first.
         bytes: its footprint, as far as known.
+        latent: of these, mapped pages that were not used when it was loaded: dropping them may free nothing.
         sure: whether ``bytes`` was measured or given by the user, not guessed from the artifact.
         cost: seconds that the load took.
         doomed: why it goes with its last hold; None while it stays.
@@ -58,6 +59,7 @@ class Entry(Generic[T]):
         "holds",
         "inherited",
         "keeps",
+        "latent",
         "model",
         "reason",
         "retired",
@@ -82,6 +84,7 @@ class Entry(Generic[T]):
         self.retired = False
         self.bytes = size
         self.sure = sure
+        self.latent = 0
         self.cost = cost
         self.doomed: Reason | None = None
         self.reason: Reason | None = None

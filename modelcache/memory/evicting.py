@@ -18,7 +18,7 @@ from modelcache.telling import Teller
 
 T = TypeVar("T")
 
-_REST = 30.0  # intervals of the monitor for which evictions rest that did not help
+_REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 
 class Evictor(Generic[T]):
@@ -72,6 +72,7 @@ class Evictor(Generic[T]):
         """Unload a batch, give heap back, measure, and tell what came back."""
         started = time.monotonic()
         promised = sum(0 if entry.inherited else entry.bytes for entry in victims)
+        seen = promised - sum(0 if entry.inherited else entry.latent for entry in victims)
         models = [entry.model for entry in victims]
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
@@ -94,9 +95,9 @@ class Evictor(Generic[T]):
         pressure = None
         with self._guard:
             self._residents.lives.reclaimed(models, event)
-            if reason is Reason.WATERMARK and promised:
+            if reason is Reason.WATERMARK and seen > 0:
                 freed, now = event.freed, time.monotonic()
-                if self.futility.judge(promised, freed, explained, after.high, now):
+                if self.futility.judge(seen, freed, explained, after.high, now):
                     pressure = self._pressure(after)
         self._teller.tell([event] if pressure is None else [event, pressure])
 

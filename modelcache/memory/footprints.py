@@ -14,6 +14,8 @@ NOISE = 2**20
 """Bytes by which a process grows and shrinks on its own, so that less measures nothing."""
 
 _SMALL = 8 * NOISE  # an estimate above this is no small model's
+_WEIGHTY = 4 * NOISE  # resident bytes from which on a model's peak says something of others
+_STEEPEST = 4.0  # times the resident bytes: peaks above that are a matter of one model, not of the cache
 _DISTRUSTED = 3  # doubtful measurements in a row after which the next load of that model runs alone
 _ENOUGH = 8  # clean measurements from which on the ratios of this cache are known well
 _LEARNED = 64  # loads that the ratios are taken from
@@ -29,11 +31,13 @@ class Measurement:
         resident: what used memory grew by, its parts (models that its loader asked for) taken off.
         peak: what it grew by at its highest, likewise; at least ``resident``.
         clean: whether nothing else was loaded, unloaded or imported meanwhile.
+        latent: of ``resident``, mapped pages that were not used yet.
     """
 
     resident: int
     peak: int
     clean: bool
+    latent: int = 0
 
 
 @attrs.frozen
@@ -156,8 +160,8 @@ class Footprints:
             return attrs.evolve(known, peak=None if peak is None else max(peak, known.in_use))
         if artifact >= NOISE:
             self._sizes.append(measured.resident / artifact)
-        if measured.resident >= NOISE:
-            self._peaks.append(measured.peak / measured.resident)
+        if measured.resident >= _WEIGHTY:
+            self._peaks.append(min(measured.peak / measured.resident, _STEEPEST))
         resident = _blend(known.resident, max(measured.resident, NOISE))
         return attrs.evolve(known, resident=resident, peak=max(peak or 0, resident))
 

@@ -1,23 +1,25 @@
-"""Whether evicting helps: batches that free far less than they promise, time after time, are stopped.
+"""Whether evicting helps: rounds of batches that free far less than they promise, time after time, are stopped.
 
 What grew then is not the cache's, or somebody still holds the models. Every method runs under the cache's guard;
 ``memory.evicting`` weighs each batch and tells.
 """
 
-_ROW = 3  # such batches in a row
+_ROW = 3  # such rounds in a row
 _SHARE = 10  # a batch that frees less than a tenth of what it promised has not helped
-_GRAIN = 1024  # promises are judged once they add up to this share of ``high``: less is noise
+_GRAIN = 128  # a round is over once its batches have promised this share of ``high``: less drowns in what requests take
+_LONGEST = 8  # times the first rest, which doubles as long as evicting does not help
 
 
 class Futility:
     """One cache's experience with its latest evictions.
 
     Args:
-        rest: seconds that an episode pauses evictions, before one more batch is tried.
+        rest: seconds that evictions pause at first, before one more round is tried.
     """
 
     def __init__(self, rest: float) -> None:
         self._rest = rest
+        self._times = 1
         self._row = 0
         self._promised = self._freed = self._explained = 0
         self._until = 0.0
@@ -33,7 +35,7 @@ class Futility:
         """Weigh a batch; return whether this one begins an episode, which is to be told.
 
         Args:
-            promised: bytes of its footprints.
+            promised: bytes by which the gauge should fall: its footprints, but for mapped pages that were never used.
             freed: bytes that the gauge fell by.
             explained: bytes that loads under way may have taken meanwhile.
             high: the watermark.
@@ -54,13 +56,15 @@ class Futility:
         self._promised = self._freed = self._explained = 0
         if self._row < _ROW:
             return False
-        self._until = now + self._rest
+        self._until = now + self._rest * self._times
+        self._times = min(self._times * 2, _LONGEST)
         begins, self.episode = not self.episode, True
         return begins
 
     def over(self) -> None:
         """Forget: a batch helped, or memory in use is below the watermark again."""
         self._row = 0
+        self._times = 1
         self._promised = self._freed = self._explained = 0
         self.promised = self.freed = 0
         self.episode = False

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from modelcache import heap
 from modelcache.gauges import Reading
 from modelcache.memory.footprints import NOISE, Measurement, Plan
 from modelcache.memory.garbage import Garbage
@@ -65,6 +66,7 @@ class Measuring(Generic[T]):
             churn: ``residents.churn`` at its admission.
             admitted: the reading that let it in.
         """
+        heap.include_thread()
         if plan.first and self._tier.measures_process:  # freed heap that the load would fill hides what it takes
             self._garbage.give_back()
             admitted = self._tier.read() or admitted
@@ -87,10 +89,12 @@ class Measuring(Generic[T]):
         if scale.before is None or after is None:
             return None, after
         grown = after.used - scale.before.used - scale.parts
+        latent = 0
         if self._tier.measures_process and grown < scale.plan.resident:
-            grown += untouched(path)
-        resident = max(grown, 0)
-        return Measurement(resident, max(peak - scale.parts, resident), clean=self._undisturbed(scale)), after
+            latent = untouched(path)
+        resident = max(grown, 0) + latent
+        peak = max(peak - scale.parts, resident)
+        return Measurement(resident, peak, clean=self._undisturbed(scale), latent=latent), after
 
     def _undisturbed(self, scale: Scale) -> bool:
         return self._residents.churn == scale.churn + scale.moves and scale.modules == len(sys.modules)

@@ -15,7 +15,7 @@ HALVED_ABOVE = 32
 """Requests of one model after which its count, and the age that goes with it, are halved."""
 
 FULL_SCAN = 10_000
-"""Most evictable models that are all scored; of more only samples are."""
+"""Most evictable models that are all scored; of more only a sample is."""
 
 SAMPLE = 64
 """Models drawn at random before each victim."""
@@ -29,7 +29,7 @@ REMEMBERED = 100_000
 STRANGERS = 10_000
 """Ids that were asked for and never came in (most of them models on their way, or made up): how many are kept."""
 
-_PRICES = 1_001  # the last prices, of which the median stands in for an unknown one
+_PRICES = 255  # the last prices, of which the median stands in for an unknown one; few, as it is found each time
 
 _Scored = tuple[float, float, str]  # worth squared, last request, id
 
@@ -44,7 +44,7 @@ class Standing:
         idle: requests to the cache since the last for this model.
 
     Raises:
-        ValueError: no requests, an age below 0 or below ``idle``, or a number that is not finite.
+        ValueError: no requests, a number below 0, or one that is not finite.
     """
 
     n: float
@@ -52,13 +52,13 @@ class Standing:
     idle: float
 
     def __attrs_post_init__(self) -> None:
-        if not (0 < self.n < math.inf and 0 <= self.idle <= self.age < math.inf):
+        if not (0 < self.n < math.inf and 0 <= self.age < math.inf and 0 <= self.idle < math.inf):
             raise ValueError(f"{self} is impossible")
 
 
 @attrs.define(eq=False)
 class _History:
-    n: float
+    n: float  # 0: it came in and nobody has asked for it yet
     since: float
     last: float
     price: float = 0.0  # seconds to bring back a byte, squared; 0: unknown, or the model is not here
@@ -85,14 +85,17 @@ class Worth:
 
     Concurrency: as :class:`~modelcache.policies.Policy` says. :meth:`recall` and :meth:`standing` belong under
     the same lock.
+
+    Args:
+        full_scan: most evictable models that are all scored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, full_scan: int = FULL_SCAN) -> None:
+        self._full_scan = full_scan
         self._clock = 0
         self._residents: dict[str, _History] = {}
         self._gone: OrderedDict[str, _History] = OrderedDict()
         self._strangers: OrderedDict[str, _History] = OrderedDict()
-        self._unpriced: set[str] = set()
         self._prices: deque[float] = deque(maxlen=_PRICES)
         self._stayed: list[_Scored] = []
         self._random = random.Random(0)  # noqa: S311 - a sample, not a secret
@@ -108,37 +111,32 @@ class Worth:
             history.since = now - (now - history.since) / 2
 
     def admitted(self, resident: Resident) -> None:
-        """Note bytes and cost. A model that nobody has asked for (prefetched) counts as asked for once, now."""
+        """Note bytes and cost. A model that nobody has asked for (prefetched) stands as if asked for once, just now."""
         model = resident.model
         history = self._residents.get(model)
         if history is None:
             history = self._gone.pop(model, None) or self._strangers.pop(model, None)
-            history = self._residents[model] = history or _History(1, self._clock, self._clock)
+            history = self._residents[model] = history or _History(0, self._clock, self._clock)
         history.price = self._price(resident)
-        if history.price:
-            self._unpriced.discard(model)
-        else:
-            self._unpriced.add(model)
 
     def removed(self, model: str) -> None:
         """Note that a model left; its history stays."""
         history = self._residents.pop(model, None)
         if history is not None:
-            self._unpriced.discard(model)
             _keep(self._gone, model, history, REMEMBERED)
 
     def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:  # noqa: ARG002 - the protocol's
         """Return the evictable models of the tier, the least worthy first; of equals the one idle for longest."""
-        if len(evictable) > FULL_SCAN:
+        if len(evictable) > self._full_scan:
             return self._sampled(evictable)
         heap = self._scored(evictable)
         heapq.heapify(heap)
         return _drain(heap, len(heap))
 
     def standing(self, model: str) -> Standing | None:
-        """Return what is known of a model, here or gone; None where nothing is."""
+        """Return what is known of a model, here or gone; None where nobody asked for it, or that is forgotten."""
         history = self._residents.get(model) or self._gone.get(model) or self._strangers.get(model)
-        if history is None:
+        if history is None or not history.n:
             return None
         return Standing(history.n, self._clock - history.since, self._clock - history.last)
 
@@ -146,17 +144,15 @@ class Worth:
         """Take in what :meth:`standing` gave before a restart, whether the model is here or not.
 
         Where something is known already, the larger count, the earlier beginning and the later last request
-        hold: recalling twice is recalling once, and no request since the restart is lost but in the count.
+        hold, so that recalling twice is recalling once; counts are not added up.
         """
-        since, last = self._clock - standing.age, self._clock - standing.idle
+        since, last = self._clock - max(standing.age, standing.idle), self._clock - standing.idle
         n = min(standing.n, HALVED_ABOVE)
         history = self._residents.get(model) or self._gone.get(model) or self._strangers.pop(model, None)
-        if history is None:
-            history = _History(n, since, last)
-        else:
-            history.n = max(history.n, n)
-            history.since = min(history.since, since)
-            history.last = max(history.last, last)
+        history = history or _History(0, since, last)
+        history.last = max(history.last, last) if history.n else last
+        history.since = min(history.since, since)
+        history.n = max(history.n, n)
         if model not in self._residents:
             _keep(self._gone, model, history, REMEMBERED)
 
@@ -179,11 +175,12 @@ class Worth:
 
     def _scored(self, models: Iterable[str]) -> list[_Scored]:
         """Return the square of each model's worth: no root, same order."""
-        usual = median(self._prices) ** 2 if self._unpriced and self._prices else 1.0
+        usual = median(self._prices) if self._prices else 1.0
+        usual *= usual  # not **, which raises where it gets too large
         now = self._clock + 1
         get = self._residents.get
         return [
-            (one.n * one.n * (one.price or usual) / ((now - one.since) * (now - one.last)), one.last, model)
+            ((one.n * one.n or 1.0) * (one.price or usual) / ((now - one.since) * (now - one.last)), one.last, model)
             for model in models
             if (one := get(model)) is not None
         ]

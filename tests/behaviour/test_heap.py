@@ -53,15 +53,20 @@ assert heap.give_back()
 print(before - resident())
 """
 OF_A_THREAD = """
-blocks = []
-thread = threading.Thread(target=lambda: blocks.extend(fill()))
+blocks, filled, done = [], threading.Event(), threading.Event()
+def work():
+    blocks.extend(fill())
+    filled.set()
+    done.wait()
+thread = threading.Thread(target=work)
 thread.start()
-thread.join()
+filled.wait()
 held = blocks[::40]
 del blocks[:]
 before = resident()
 assert heap.give_back()
 print(before - resident())
+done.set()
 """
 
 
@@ -131,8 +136,9 @@ def test_preloaded_allocator_is_asked(name: str) -> None:
         ("mimalloc", WHOLE),  # keeps what lies between held blocks
     ],
 )
-def test_preloaded_allocator_gives_back(name: str, script: str) -> None:
+def test_preloaded_allocator_gives_back(monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
     """Under a preloaded allocator freed blocks leave the resident set."""
+    monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:-1,muzzy_decay_ms:-1")  # so that jemalloc does nothing on its own
     assert int(_say(str(_allocator(name)), MAKE + script)) > 50
 
 

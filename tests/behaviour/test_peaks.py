@@ -142,6 +142,7 @@ def test_ended_on_another_thread_and_twice(meter: PeakMeter, spawn: Spawn) -> No
     hold(32 * MIB)
     result = spawn(window.end).result(WAIT)
     assert near(result, 32 * MIB)
+    assert not {*peaks._registry._marked, *peaks._registry._sampled}
     hold(64 * MIB)
     assert window.end() == result
 

@@ -1,7 +1,8 @@
-"""Policies: the three orders, and what a user's policy can't break."""
+"""Policies: the four orders, and what a user's policy can't break. Properties are tests/property/."""
 
 import itertools
 import logging
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 from unittest import mock
@@ -9,7 +10,8 @@ from unittest import mock
 import pytest
 
 from modelcache.errors import ConfigError
-from modelcache.policies import Guarded, Policy, Ranked, Resident, make_policy
+from modelcache.policies import Guarded, Policy, Ranked, Resident, Standing, Worth, make_policy
+from modelcache.policies.worth import FULL_SCAN, STRANGERS
 from tests.contracts.policy_contract import MODELS, PolicyContract, admit, order
 
 
@@ -96,6 +98,14 @@ class TestFifo(PolicyContract):
         return make_policy("fifo", "policy")
 
 
+class TestWorth(PolicyContract):
+    """``worth`` keeps the contract."""
+
+    def make(self) -> Policy:
+        """Make one."""
+        return make_policy("worth", "policy")
+
+
 class TestUsers(PolicyContract):
     """A user's policy keeps the contract as it is."""
 
@@ -178,9 +188,10 @@ def test_lfu_forgets_what_left() -> None:
     assert order(policy, MODELS)[0] == "a"
 
 
-def test_victims_stand_as_at_the_call() -> None:
+@pytest.mark.parametrize("name", ["lru", "worth"])
+def test_victims_stand_as_at_the_call(name: str) -> None:
     """What happens after the call to victims() does not change an answer under way."""
-    policy = ranked("lru")
+    policy = ranked(name)
     evictable = set(MODELS)
     answer = iter(policy.victims(1, evictable))
     assert next(answer) == "a"
@@ -190,13 +201,180 @@ def test_victims_stand_as_at_the_call() -> None:
     assert list(answer) == ["b", "c", "d", "e"]
 
 
+# Worth
+
+
+def at_work(*lives: tuple[str, int, float], requests: str = "") -> Worth:
+    """Bring in models of some bytes and cost at the clocks 1, 2, ..., then request."""
+    policy = Worth()
+    for clock, (model, size, cost) in enumerate(lives, 1):
+        admit(policy, model, clock, size, cost)
+    for clock, model in enumerate(requests, len(lives) + 1):
+        policy.requested(model, clock)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("lives", "requests", "expected"),
+    [
+        ([("a", 1, 90.0), ("b", 1, 1.0), ("c", 1, 5.0)], "", "bca"),
+        ([("a", 9, 1.0), ("b", 1, 1.0), ("c", 5, 1.0)], "", "acb"),
+        ([("a", 2, 8.0), ("b", 8, 2.0), ("c", 1, 1.0)], "", "bca"),
+        ([("a", 1, 1.0), ("b", 1, 1.0), ("c", 1, 1.0)], "", "abc"),
+        ([("b", 1, 1e200), ("c", 1, 1e200), ("a", 1, 1e200)], "", "bca"),
+        ([("a", 1, 1.0), ("b", 1, 1.0), ("c", 1, 1.0)], "abacba", "cba"),
+        ([("a", 1, 1.0), ("b", 1, 1.0)], "aaa" + "b" * 20, "ab"),
+        ([("a", 1, 1.0), ("b", 1, 1.0), ("c", 9, 9.0)], "bbc" + "a" * 4, "cba"),
+    ],
+    ids=[
+        "cost",
+        "bytes",
+        "cost a byte",
+        "recency",
+        "equals",
+        "frequency",
+        "what was once asked for often",
+        "all of it",
+    ],
+)
+def test_worth_order(lives: list[tuple[str, int, float]], requests: str, expected: str) -> None:
+    """Who saves the fewest seconds a byte and a request goes first."""
+    assert "".join(order(at_work(*lives, requests=requests), "abc"[: len(lives)])) == expected
+
+
+def test_worth_remembers_who_left() -> None:
+    """A model that comes back has the history from before, and so stays where a new one goes."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0), requests="aaaaaa")
+    policy.removed("a")
+    policy.removed("b")
+    admit(policy, "b", 9, 1)
+    admit(policy, "a", 10, 1)
+    admit(policy, "new", 11, 1, 0.5)
+    assert order(policy, ["a", "b", "new"]) == ["b", "new", "a"]
+
+
+def test_worth_follows_a_new_measurement() -> None:
+    """Bytes and cost measured anew count from then on; the history stays."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0))
+    assert order(policy, "ab") == ["a", "b"]
+    policy.admitted(Resident("b", 10, 1.0))
+    assert order(policy, "ab") == ["b", "a"]
+    policy.admitted(Resident("b", 10, 100.0))
+    assert order(policy, "ab") == ["a", "b"]
+
+
+@pytest.mark.parametrize("unknown", [0.0, -2.0, math.nan, math.inf])
+def test_worth_takes_the_median_for_an_unknown_cost(unknown: float) -> None:
+    """A model of unknown cost costs what a byte usually does."""
+    policy = Worth()
+    for model, cost in (("a", 1.0), ("b", 30.0), ("c", 1000.0), ("d", unknown)):
+        policy.requested(model, 1)
+        policy.admitted(Resident(model, 10, cost))
+    assert order(policy, "abcd") == ["a", "b", "d", "c"]  # d as b, and of equals by name
+    policy.admitted(Resident("d", 10, 2.0))
+    assert order(policy, "abcd") == ["a", "d", "b", "c"]
+
+
+def test_worth_of_a_prefetched_model() -> None:
+    """A model that comes in before anybody asks is worth as much as one that was asked for once, just now."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0))
+    policy.admitted(Resident("c", 1, 1.0))
+    assert order(policy, "abc") == ["a", "b", "c"]
+    assert policy.standing("c") is None
+    policy.requested("c", 4)
+    assert policy.standing("c") == Standing(1, 2, 0)
+
+
+def test_worth_halves() -> None:
+    """After 32 requests the count and the age are halved."""
+    policy = at_work(("a", 1, 1.0), requests="b" * 9 + "a" * 31)
+    assert policy.standing("a") == Standing(32, 40, 0)
+    policy.requested("a", 42)
+    assert policy.standing("a") == Standing(16.5, 20.5, 0)
+
+
+def test_made_up_ids_push_nobody_out() -> None:
+    """However many ids that do not exist are asked for, models that were here keep their history."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0), requests="aab")
+    policy.removed("a")
+    for clock in range(6, STRANGERS + 106):
+        policy.requested(f"made up {clock}", clock)
+    assert policy.standing("made up 105") is None
+    assert policy.standing(f"made up {STRANGERS + 105}") == Standing(1, 0, 0)
+    assert policy.standing("a") == Standing(3, STRANGERS + 104, STRANGERS + 101)
+    assert policy.standing("b") == Standing(2, STRANGERS + 103, STRANGERS + 100)
+
+
+def test_history_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the models that left, those that left or were asked for last are remembered."""
+    monkeypatch.setattr("modelcache.policies.worth.REMEMBERED", 2)
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0), ("c", 1, 1.0))
+    policy.removed("a")
+    policy.removed("b")
+    policy.requested("a", 4)
+    policy.removed("c")
+    assert [policy.standing(model) is not None for model in "abc"] == [True, False, True]
+
+
+def test_standing_outlives_a_restart() -> None:
+    """Recalled into a new policy, whose clock starts at 0, the standings give the same order."""
+    lives = [(model, 1, 1.0) for model in MODELS]
+    old, new = at_work(*lives, requests="abacabadcc" * 5), Worth()
+    standings = {model: old.standing(model) for model in MODELS}
+    for number, (model, standing) in enumerate(standings.items()):
+        assert standing is not None
+        if number % 2:
+            new.recall(model, standing)
+        new.admitted(Resident(model, 1, 1.0))
+        new.recall(model, standing)
+    assert order(new, MODELS) == order(old, MODELS)
+    assert {model: new.standing(model) for model in MODELS} == standings
+
+
+def test_recall_adds_to_what_is_known() -> None:
+    """The larger count, the earlier beginning and the later request hold, for models here, gone and never in."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0), requests="xaa")
+    policy.removed("b")
+    for model in "abx":
+        policy.recall(model, Standing(2, 100, 3))
+        policy.recall(model, Standing(2, 100, 3))
+    assert policy.standing("a") == Standing(3, 100, 0)
+    assert policy.standing("b") == Standing(2, 100, 3)
+    assert policy.standing("x") == Standing(2, 100, 2)
+    assert policy.standing("never") is None
+    policy.recall("odd", Standing(99, 1, 5))  # idle for longer than known, more requests than are counted
+    assert policy.standing("odd") == Standing(32, 5, 5)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (1, -1, 1), (1, 1, -1), (1, math.inf, 1), (math.nan, 1, 1)], ids=str)
+def test_impossible_standings(numbers: tuple[float, float, float]) -> None:
+    """Numbers that no history can have are refused."""
+    with pytest.raises(ValueError, match="impossible"):
+        Standing(*numbers)
+
+
+def test_many_models_are_sampled() -> None:
+    """Of more than 10,000 all can go, and though not all are scored for one victim, those that do are worth little."""
+    models = [f"m{number}" for number in range(FULL_SCAN + 101)]
+    policy = at_work(*((model, 1, float(number + 1)) for number, model in enumerate(models)))
+    evictable = dict.fromkeys(models)
+    assert sorted(order(policy, evictable.keys())) == sorted(models)
+    gone = []
+    for _ in range(100):
+        victim = next(iter(policy.victims(1, evictable.keys())))
+        policy.removed(victim)
+        del evictable[victim]
+        gone.append(int(victim[1:]))
+    assert 100 <= max(gone) < 300  # if all were scored, 99; by 64 at random alone, 894
+
+
 # Choice
 
 
-@pytest.mark.parametrize("name", ["lru", "lfu", "fifo"])
-def test_names(name: str) -> None:
-    """The three names are known, and each call makes a new policy."""
-    assert isinstance(make_policy(name, "policy"), Ranked)
+@pytest.mark.parametrize(("name", "kind"), [("lru", Ranked), ("lfu", Ranked), ("fifo", Ranked), ("worth", Worth)])
+def test_names(name: str, kind: type) -> None:
+    """The four names are known, and each call makes a new policy."""
+    assert isinstance(make_policy(name, "policy"), kind)
     assert make_policy(name, "policy") is not make_policy(name, "policy")
 
 
@@ -207,15 +385,16 @@ def test_only_user_objects_are_guarded() -> None:
     assert isinstance(guarded, Guarded)
     assert guarded.policy is mine
     assert make_policy(guarded, "policy") is guarded
-    ours = make_policy("lru", "policy")
-    assert make_policy(ours, "policy") is ours
+    for name in ("lru", "worth"):
+        ours = make_policy(name, "policy")
+        assert make_policy(ours, "policy") is ours
 
 
 @pytest.mark.parametrize("bad", ["LRU", "worst", "", None, 3, object(), Newest, mock.Mock(spec=["victims"])], ids=repr)
 def test_anything_else_is_refused(bad: Any) -> None:
     """Other names, and objects or classes that are no policy, are refused with all that is allowed."""
     with pytest.raises(
-        ConfigError, match=r'disk\.policy=.*"lru", "lfu", "fifo".*requested, admitted, removed, victims'
+        ConfigError, match=r'disk\.policy=.*"lru", "lfu", "fifo", "worth", .*requested, admitted, removed, victims'
     ):
         make_policy(bad, "disk.policy")
 

@@ -9,8 +9,11 @@
 Which order a policy keeps is its own business, and tested beside it.
 """
 
+import math
 from collections.abc import Collection
 from itertools import islice
+
+import pytest
 
 from modelcache.policies import Policy, Resident
 
@@ -101,6 +104,29 @@ class PolicyContract:
         policy = self.filled()
         policy.admitted(Resident("a", 200, 2.0))
         assert sorted(order(policy, MODELS)) == sorted(MODELS)
+
+    @pytest.mark.parametrize("cost", [0.0, -1.0, 1e-300, 1e308, math.inf, math.nan])
+    @pytest.mark.parametrize("size", [0, 1, 2**63])
+    def test_odd_figures_lose_nobody(self, size: int, cost: float) -> None:
+        """Sizes and costs that make no sense, or are not known, keep nobody from going."""
+        policy = self.filled()
+        odd = [f"odd {number}" for number in range(2 * len(MODELS))]
+        for model in [*MODELS[:2], *odd]:
+            admit(policy, model, 70, size, cost)
+        assert sorted(order(policy, [*MODELS, *odd])) == sorted([*MODELS, *odd])
+
+    def test_clock_that_stands_still_or_goes_back(self) -> None:
+        """A clock that is no clock keeps nobody from going."""
+        policy = self.filled()
+        for clock in (1_000_000, 1_000_000, 3, 0):
+            policy.requested("a", clock)
+            admit(policy, f"at {clock}", clock)
+        evictable = [*MODELS, "at 1000000", "at 3", "at 0"]
+        assert sorted(order(policy, evictable)) == sorted(evictable)
+
+    def test_same_life_same_order(self) -> None:
+        """Two that were told the same give the same order."""
+        assert order(self.filled(), MODELS) == order(self.filled(), MODELS)
 
     def test_comes_back(self) -> None:
         """A model that left can come back, and is there once."""

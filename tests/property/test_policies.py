@@ -1,4 +1,4 @@
-"""LRU, LFU and FIFO against a reference that sorts a plain list."""
+"""LRU, LFU and FIFO against a reference that sorts a plain list. ``worth`` is test_worth.py."""
 
 from collections.abc import Callable
 from typing import Any

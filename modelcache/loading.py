@@ -191,7 +191,8 @@ class Loader(Generic[T]):
         counters.loads += 1
         counters.load_seconds += entry.cost
         waited = entry.cost + flight.fetch_seconds
-        reload = residents.lives.came(entry.model, entry.bytes, waited, residents.tracked())
+        held = residents.tracked() + entry.bytes
+        reload = residents.lives.came(entry.model, entry.bytes, waited, held)
         residents.thrash.loaded(time.monotonic(), entry.model, waited, reload=reload)
         if limits.reading is not None:
             residents.deficit = max(residents.deficit, limits.reading.used - limits.high, 0)

@@ -39,7 +39,7 @@ class PeakMeter:
     Where the kernel can't (macOS, no ``/proc``, or one that is read-only), a daemon thread samples every 5 milliseconds
     while a window is open; a shorter peak is missed.
 
-    Cost: about 40 microseconds for a window; nothing in between, or a few thousandths of a processor where it samples.
+    Cost: 50 to 100 microseconds for a window; nothing in between, or some thousandths of a processor where it samples.
 
     Concurrency: any thread. A forked child begins without open windows.
 

@@ -67,7 +67,7 @@ class Lives:
             model: its id.
             size: bytes of its footprint.
             seconds: that its callers waited for fetch and load.
-            held: bytes that the tier holds.
+            held: bytes that the tier holds with it.
         """
         life = self._all.setdefault(model, Life())
         again = life.due
@@ -76,7 +76,7 @@ class Lives:
             life.seconds += seconds
             self.reloads += 1
             self.reload_seconds += seconds
-            self.regrets += self.loaded - life.mark < held
+            self.regrets += self.loaded - life.mark <= held
         life.due = False
         self.loaded += size
         return again

@@ -1,0 +1,218 @@
+"""What the memory tier does when memory does not come back, and what it says of it."""
+
+import threading
+from typing import Any
+
+from modelcache import Evicted, Pressure, Reason, Thrashing, Unloaded
+from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
+from tests.support.waiting import Gate, Spawn, eventually
+
+
+def heard(cache: Any, kind: type) -> list[Any]:
+    """Return a list that fills with the events of one kind."""
+    events: list[Any] = []
+    cache.on(kind, events.append)
+    return events
+
+
+def test_one_pressure_an_episode(make_cache: MakeCache) -> None:
+    """Where evicting frees nothing, one event says so with its figures, and most models stay."""
+    book = Book()
+    gauge = FakeGauge(0, 1000)
+    source = DictSource().add(*(f"m{number}" for number in range(40)), size=10)
+    cache = make_cache(source, book, memory={"high": 800, "gauge": gauge, "interval": 0.01})
+    told = heard(cache, Pressure)
+    for number in range(40):
+        cache.get(f"m{number}")
+    gauge.used = 900
+    eventually(lambda: told)
+    (event,) = told
+    assert event.reason is Reason.FUTILE
+    assert event.promised > 0
+    assert event.freed == 0
+    assert event.used == 900
+    assert event.high == 800
+    assert event.lingering is not None
+    assert event.foreign is not None
+    assert "evicted" in str(event)
+    assert cache.stats().pressed
+    assert len(book.alive) > 20
+    gauge.used = 100
+    eventually(lambda: not cache.stats().pressed)
+    assert len(told) == 1
+
+
+def test_idle_models_go(make_cache: MakeCache) -> None:
+    """What nobody used for ``idle_after`` seconds is dropped; what is used, or leased, stays; looking is no use."""
+    book = Book()
+    cache = make_cache(
+        DictSource().add("a", "b", "c"), book, memory={"idle_after": 0.3, "interval": 0.02, "gauge": FakeGauge()}
+    )
+    told = heard(cache, Evicted)
+    for model in "abc":
+        cache.get(model)
+    with cache.lease("c"):
+
+        def gone() -> bool:
+            cache.get("a")
+            cache.models()
+            cache.explain("b")
+            return book.unloads == ["b"]
+
+        eventually(gone)
+        assert sorted(book.alive) == ["a", "c"]
+    (event,) = told
+    assert event.model == "b"
+    assert event.reason is Reason.IDLE
+    assert event.reason.was_eviction
+    eventually(lambda: not book.alive)
+    assert cache.stats().reloads == 0
+
+
+def test_old_lease_is_told_once(make_cache: MakeCache) -> None:
+    """A lease held longer than ``lease_warning`` is told once, with its age; a new one later is told again."""
+    cache = make_cache(DictSource().add("a"), memory={"lease_warning": 0.05, "interval": 0.01, "gauge": FakeGauge()})
+    told = heard(cache, Pressure)
+    with cache.lease("a"):
+        eventually(lambda: told)
+        (event,) = told
+        assert event.model == "a"
+        assert event.reason is Reason.OLD_LEASE
+        assert event.duration >= 0.05
+    again = cache.lease("a")
+    again.acquire()
+    eventually(lambda: len(told) == 2)
+    again.release()
+
+
+class Thing:
+    """A model that can be referenced weakly."""
+
+
+def test_lingering_is_counted_and_aged(make_cache: MakeCache) -> None:
+    """A model that was unloaded while somebody still holds it is counted until it is really gone."""
+    cache = make_cache(DictSource().add("a"), load=lambda path: Thing(), unload=None)
+    held = cache.get("a")
+    assert cache.unload("a")
+    assert cache.stats().lingering == 1
+    assert cache.stats().lingering_bytes > 0
+    (row,) = cache.models()
+    assert row.tier == "disk"
+    assert row.lingering == 1
+    assert row.lingering_for >= 0
+    assert "linger" in cache.explain("a")
+    del held
+    assert cache.stats().lingering == 0
+    assert cache.models()[0].lingering == 0
+
+
+def test_request_rescues_what_has_not_begun_to_leave(make_cache: MakeCache, spawn: Spawn) -> None:
+    """A model that waits in a batch of evictions stays if it is asked for before its own unload begins."""
+    gate = Gate()
+    book = Book(unload=lambda model: gate() if model.model == "a" else None)
+    cache = make_cache(
+        DictSource().add("a", "b", "c"), book, size_of=lambda model, path: 100, memory={"gauge": FakeGauge()}
+    )
+    told = heard(cache, Evicted)
+    left = heard(cache, Unloaded)
+    for model in "abc":
+        cache.get(model)
+    with gate:
+        lowering = spawn(setattr, cache.memory, "max_models", 1)
+        gate.wait()
+        assert cache.get("b").model == "b"
+        assert book.loads == ["a", "b", "c"]
+    lowering.result()
+    assert book.loads.count("b") == 1
+    eventually(lambda: len(book.alive) == 1)
+    assert sorted(event.model for event in told) == sorted(event.model for event in left)
+    assert cache.stats().evictions == len(told) == 2
+
+
+def test_thrashing_is_told(make_cache: MakeCache) -> None:
+    """Where more time goes into reloads than into serving, that is told with share, rate and worst models."""
+    clock = threading.Event()
+    book = Book(load=lambda path, model: clock.wait(0.02) or Thing())
+    cache = make_cache(
+        DictSource().add("a", "b"),
+        book,
+        memory={"max_models": 1, "interval": 0.02, "request_seconds": 0.0001, "gauge": FakeGauge()},
+    )
+    told = heard(cache, Thrashing)
+    for _ in range(12):
+        cache.get("a")
+        cache.get("b")
+    eventually(lambda: told)
+    event = told[0]
+    assert event.reason is Reason.SWAPPING
+    assert event.share >= 0.5
+    assert event.reloads_per_minute >= 10
+    assert {model for model, _ in event.worst} == {"a", "b"}
+    assert event.memory_needed is None
+    stats = cache.stats()
+    assert stats.thrashing
+    assert stats.reloads >= 10
+    assert stats.reload_seconds > 0
+    assert stats.regrets > 0
+
+
+def test_one_that_suffices_is_taken_rather_than_several(make_cache: MakeCache) -> None:
+    """Where a later victim alone makes the room, the earlier ones are spared."""
+    sizes = {"a": 100, "b": 100, "big": 500, "new": 400}
+    book = Book()
+    cache = make_cache(
+        DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory={"budget": 700}
+    )
+    for model in ("a", "b", "big", "new"):
+        cache.get(model)
+    assert sorted(book.alive) == ["a", "b", "new"]
+
+
+def test_nothing_goes_where_all_of_it_would_not_suffice(make_cache: MakeCache, spawn: Spawn) -> None:
+    """What may go stays where it would not make the room together with what is leased: the newcomer waits."""
+    sizes = {"held": 600, "a": 100, "b": 100, "new": 700}
+    book = Book()
+    cache = make_cache(
+        DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory={"budget": 900}
+    )
+    lease = cache.lease("held")
+    lease.acquire()
+    cache.get("a")
+    cache.get("b")
+    waiting = spawn(cache.get, "new")
+    eventually(lambda: any(row.state == "waiting for room" for row in cache.models()))
+    assert sorted(book.alive) == ["a", "b", "held"]
+    lease.release()
+    assert waiting.result().model == "new"
+    assert sorted(book.alive) == ["a", "b", "new"]
+
+
+def test_memory_error_is_tried_once_more(make_cache: MakeCache) -> None:
+    """A load that runs out of memory gets room made, and a second try; one that still does is a typed error."""
+    tries: list[str] = []
+
+    def load(path: Any, model: str) -> Any:
+        tries.append(model)
+        if model == "never" or (model == "tight" and tries.count(model) == 1):
+            raise MemoryError("no more")
+        return Thing()
+
+    cache = make_cache(
+        DictSource().add("a", "tight", "never"),
+        Book(load=load),
+        size_of=lambda model, path: 100,
+        memory={"gauge": FakeGauge(0, 10_000)},
+        retry_after=0,
+    )
+    told = heard(cache, Evicted)
+    cache.get("a")
+    cache.get("tight")
+    assert tries == ["a", "tight", "tight"]
+    assert [(event.model, event.reason, event.for_model) for event in told] == [("a", Reason.MEMORY_ERROR, "tight")]
+    try:
+        cache.get("never")
+    except Exception as error:  # noqa: BLE001 - looked at below
+        raised = error
+    assert type(raised).__name__ == "LoadFailed"
+    assert tries.count("never") == 2
+    assert cache.stats().memory_reserved == 0

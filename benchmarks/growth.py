@@ -164,7 +164,13 @@ def _line(samples: Sequence[Sample], high: int, step: int) -> list[str] | None:
     bar = bar.ljust(50)
     mark = int(high / LIMIT * 50)
     figures = [f"{figure / MB:.0f}" for figure in (used, models, host)]
-    return [f"{step * STEP:4.1f} s", *figures, str(part[-1].evictions), str(part[-1].failed), bar[:mark] + "|" + bar[mark:]]
+    return [
+        f"{step * STEP:4.1f} s",
+        *figures,
+        str(part[-1].evictions),
+        str(part[-1].failed),
+        bar[:mark] + "|" + bar[mark:],
+    ]
 
 
 def _report(samples: Sequence[Sample], high: int, gauge: str) -> int:
@@ -176,7 +182,10 @@ def _report(samples: Sequence[Sample], high: int, gauge: str) -> int:
     longest, again, failed = above(samples, high), refill(samples), samples[-1].failed
     after = "never" if again is None else f"{again:.1f} s"
     claims = (
-        (f"above high for at most two looks of the monitor: {longest:.2f} of {2 * INTERVAL:.2f} s", longest <= 2 * INTERVAL),
+        (
+            f"above high for at most two looks of the monitor: {longest:.2f} of {2 * INTERVAL:.2f} s",
+            longest <= 2 * INTERVAL,
+        ),
         (f"full again after it was freed: {after}", again is not None),
         (f"no failed request: {failed}", not failed),
     )

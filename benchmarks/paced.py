@@ -92,7 +92,9 @@ def _plain(models: Path) -> Iterator[tuple[Callable[[str], object], Callable[[],
 
 
 @contextmanager
-def _cached(row: str, folder: Path) -> Iterator[tuple[Callable[[str], object], Callable[[], object], Callable[[], int]]]:
+def _cached(
+    row: str, folder: Path
+) -> Iterator[tuple[Callable[[str], object], Callable[[], object], Callable[[], int]]]:
     high = psutil.Process().memory_info().rss + STAY * _MEAN
     with ModelCache(
         LocalSource(folder / "models", copy=False),
@@ -102,7 +104,7 @@ def _cached(row: str, folder: Path) -> Iterator[tuple[Callable[[str], object], C
         unload=lambda _: None,
     ) as cache:
         for kind in (Evicted, Loaded, Reclaimed):
-            cache.on(kind, lambda event: str(event), background=True)
+            cache.on(kind, str, background=True)
 
         def lease() -> None:
             with cache.lease(HOT):

@@ -83,13 +83,18 @@ class Unloader(Generic[T]):
             if trim or self._owed >= _OWED:
                 self._owed = 0
                 self._garbage.give_back()
-        finally:
-            with self._guard:
-                for entry in left:
-                    self._residents.gone(entry)
-                self._guard.notify()
+            self._settle(left)
+        except BaseException:  # an interrupt (Ctrl-C) may come at any line, this last one too
+            self._settle(left)
+            raise
         self._teller.tell(told)
         return collected
+
+    def _settle(self, left: list[Entry[T]]) -> None:
+        with self._guard:
+            for entry in left:
+                self._residents.gone(entry)
+            self._guard.notify()
 
     def _depart(self, entry: Entry[T], left: list[Entry[T]], told: list[Event]) -> None:
         """Run ``unload=`` for one entry and drop the model; what is to be told of it goes into ``told``."""

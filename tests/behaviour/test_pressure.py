@@ -160,9 +160,7 @@ def test_one_that_suffices_is_taken_rather_than_several(make_cache: MakeCache) -
     """Where a later victim alone makes the room, the earlier ones are spared."""
     sizes = {"a": 100, "b": 100, "big": 500, "new": 400}
     book = Book()
-    cache = make_cache(
-        DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory={"budget": 700}
-    )
+    cache = make_cache(DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory={"budget": 700})
     for model in ("a", "b", "big", "new"):
         cache.get(model)
     assert sorted(book.alive) == ["a", "b", "new"]
@@ -172,9 +170,7 @@ def test_nothing_goes_where_all_of_it_would_not_suffice(make_cache: MakeCache, s
     """What may go stays where it would not make the room together with what is leased: the newcomer waits."""
     sizes = {"held": 600, "a": 100, "b": 100, "new": 700}
     book = Book()
-    cache = make_cache(
-        DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory={"budget": 900}
-    )
+    cache = make_cache(DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory={"budget": 900})
     lease = cache.lease("held")
     lease.acquire()
     cache.get("a")

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from modelcache import DiskTier, Evicted, Lease, MemoryTier, ModelCache, NoRoom, Unloaded
-from tests.support.fakes import Book, DictSource, allocated
+from modelcache import DiskTier, Evicted, Lease, LoadFailed, MemoryTier, ModelCache, NoRoom, Unloaded
+from tests.support.fakes import Book, DictSource, allocated, tar
 
 MODELS = "abcdef"
 SIZES = {model: 100 * (number + 1) for number, model in enumerate(MODELS)}
@@ -18,6 +18,11 @@ SIZES = {model: 100 * (number + 1) for number, model in enumerate(MODELS)}
 models = st.sampled_from(MODELS)
 some_disk = st.sampled_from([None, 30_000, 40_000, 70_000, 2**20])
 QUICK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - a folder whose syncs cost nothing
+
+
+def fail(model: str) -> None:
+    """Be a loader's step that fails."""
+    raise ValueError(f"{model} does not load")
 
 
 class Twins(RuleBasedStateMachine):
@@ -31,9 +36,10 @@ class Twins(RuleBasedStateMachine):
         """Make a cache in a folder of its own."""
         super().__init__()
         self.folder = tempfile.TemporaryDirectory(dir=QUICK)
-        source = DictSource()
+        self.source = source = DictSource()
         for model, size in SIZES.items():
             source.add(model, size=size)
+        self.versions = 0
         self.book = Book()
         self.cache: ModelCache[Any] = ModelCache(
             source,
@@ -114,6 +120,33 @@ class Twins(RuleBasedStateMachine):
         else:
             self.ordered.add(model)
             self.deleted.add(model)
+
+    @rule(model=models, broken=st.booleans())
+    def replace(self, model: str, broken: bool) -> None:
+        """Give a model that nobody leases a new version, and refresh it; a version that does not load changes nothing."""
+        if model in self.leased():
+            return
+        there = model in self.in_memory()
+        known = {row.model for row in self.cache.models()}
+        loads = len(self.book.loads)
+        self.versions += 1
+        self.source.artifacts[model] = tar(
+            {"model.txt": f"{model} {self.versions}".encode().ljust(SIZES[model], b"\0")}
+        )
+        self.book.gate = fail if broken else None
+        renewed, refusal = None, None
+        try:
+            renewed = self.cache.refresh(model)
+        except (NoRoom, LoadFailed) as error:
+            refusal = error
+        self.book.gate = None
+        if refusal is None:
+            assert renewed is (model in known)
+            assert not (broken and there) or model not in self.in_memory()
+        else:
+            assert model in known
+            assert isinstance(refusal, NoRoom) or (broken and there)
+            assert len(self.book.loads) == loads
 
     @rule(most=st.sampled_from([None, 1, 2, 3, 6]))
     def tune_max_models(self, most: int | None) -> None:

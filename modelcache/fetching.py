@@ -130,8 +130,11 @@ class Fetcher(Generic[T]):
         held = self.shelf.open(flight.model)
         if held is not None and not flight.refresh:
             return held
+        with self.guard:
+            entry = self.residents.resident.get(flight.model)
+        served = entry.version if entry is not None else held.version if held is not None else None
         try:
-            return self._from_source(flight, held)
+            found = self._from_source(flight, held)
         except BaseException as error:
             if held is not None and isinstance(error, ModelCacheError) and flight.waiters:
                 flight.stale = error  # who waits for the model wants it; only who asked for a new version hears of this
@@ -139,6 +142,8 @@ class Fetcher(Generic[T]):
             if held is not None:
                 self.shelf.release(held)
             raise
+        flight.renewed = served is not None and found.version != served
+        return found
 
     def _from_source(self, flight: Flight[T], held: Held | None) -> Held | InPlace:
         """Fetch what the source has now, unless that is what is held."""
@@ -161,7 +166,6 @@ class Fetcher(Generic[T]):
                 with self.guard:
                     self.guard.wait(RECHECK)
             else:
-                flight.renewed = held is not None
                 if held is not None:
                     self.shelf.release(held)
                 return fresh

@@ -13,14 +13,21 @@ from modelcache.memory.entries import Entry
 
 
 class Refreshing:
-    """Somebody who called ``refresh``, or nobody in particular: wants a flight to end, and hears nothing of it."""
+    """Somebody who waits for a refresh to end.
+
+    Args:
+        threads: the identities of the threads that wait; empty: nobody does.
+    """
+
+    def __init__(self, *threads: object) -> None:
+        self._threads = set(threads)
 
     def finished(self, model: str, error: ModelCacheError | None) -> None:
         """Hear how it ended."""
 
     def threads(self) -> set[object]:
-        """Return the identities of the threads that wait for it: nobody gives way to these."""
-        return set()
+        """Return the identities of the threads that wait for it."""
+        return self._threads
 
     def reset_after_fork(self) -> None:
         """Hear, in a child, that it will not end here."""
@@ -34,6 +41,7 @@ class Freshness(Refreshing):
     """
 
     def __init__(self, after: float | None) -> None:
+        super().__init__()
         self._after = after
         self._asked: dict[str, float] = {}
         self._looked = time.monotonic()

@@ -137,7 +137,7 @@ class Loader(Generic[T]):
         try:
             with self.guard:
                 if flight.refresh and self._outdated(flight.model, found):
-                    flight.to_memory = flight.renewed = True
+                    flight.to_memory = True
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:

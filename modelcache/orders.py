@@ -8,6 +8,7 @@ from modelcache.errors import CacheClosed
 from modelcache.events import Reason
 from modelcache.flights import Cancelled
 from modelcache.freshness import Refreshing
+from modelcache.identity import me
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import DEFAULT
 from modelcache.prefetching import Prefetch
@@ -97,17 +98,21 @@ class Orders:
             with parts.guard:
                 if parts.closed:
                     raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
-                there = parts.residents.resident.get(model)
-                if there is None and model not in parts.shelf.index.present():
+                if model not in parts.residents.resident and model not in parts.shelf.index.present():
                     return False
                 flight, new = parts.flights.start(
                     model, Reason.REFRESH, to_memory=False, parent=parts.flights.running()
                 )
                 flight.refresh = mine = new or flight.refresh
-                watcher = Refreshing()
+                watcher = Refreshing(me())
                 flight.watchers.add(watcher)
-            parts.start(flight, new=new)
-            arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+            try:
+                parts.start(flight, new=new)
+                arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+            finally:
+                with parts.guard:
+                    flight.watchers.discard(watcher)
+                    parts.guard.notify()
             if not arrived or (mine and flight.error is not None and not isinstance(flight.error, Cancelled)):
                 parts.pass_on()
                 raise flight.outcome(timeout)

@@ -47,7 +47,7 @@ class Twins(RuleBasedStateMachine):
             unload=self.book.unload,
             size_of=lambda model, path: SIZES[model],
             disk=DiskTier(Path(self.folder.name) / "disk", min_free=0),
-            memory=MemoryTier(high=10_000, low=10_000, gauge=self.book.gauge(20_000), interval=1000.0),
+            memory=MemoryTier(high=10_000, low=10_000, policy="lru", gauge=self.book.gauge(20_000), interval=1000.0),
             timeout=5.0,
         )
         self.leases: list[tuple[str, Lease[Any]]] = []
@@ -123,7 +123,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule(model=models, broken=st.booleans())
     def replace(self, model: str, broken: bool) -> None:
-        """Give a model that nobody leases a new version, and refresh it; a version that does not load changes nothing."""
+        """Give a model that nobody leases a new version, and refresh it; one that does not load changes nothing."""
         if model in self.leased():
             return
         there = model in self.in_memory()

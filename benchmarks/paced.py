@@ -42,6 +42,9 @@ _ARRAY, _ENTRIES = 4_000_000, 4_000  # numbers of an array (16 MB); entries of a
 _MEAN = 10_000_000  # bytes of a model
 US = 1e3  # nanoseconds
 
+Served = tuple[Callable[[str], object], Callable[[], object], Callable[[], int]]
+"""How a model is brought in, how the hot one is looked up, and how many were loaded so far."""
+
 
 def _make(folder: Path) -> None:
     """Write the models: every second one is plain Python objects."""
@@ -54,11 +57,12 @@ def _make(folder: Path) -> None:
             entries = {f"item-{item}": [f"{number}-{item}-{part}" for part in range(12)] for item in range(_ENTRIES)}
             (model / "objects.pickle").write_bytes(pickle.dumps(entries))
     (folder / HOT).mkdir()
+    (folder / HOT / "array.txt").write_text("1.0 " * 1_000)
 
 
 def _load(path: Path) -> Any:
     if path.name == HOT:
-        return {"weights": [1.0] * 1000}
+        return [float(word) for word in (path / "array.txt").read_text().split()]
     if (path / "array.npy").exists():
         return np.load(path / "array.npy")
     return pickle.loads((path / "objects.pickle").read_bytes())  # noqa: S301 - our own bytes
@@ -85,21 +89,19 @@ class Plain:
 
 
 @contextmanager
-def _plain(models: Path) -> Iterator[tuple[Callable[[str], object], Callable[[], object], Callable[[], int]]]:
+def _plain(models: Path) -> Iterator[Served]:
     plain = Plain(models)
     known = {HOT: _load(models / HOT)}
     yield plain.bring, lambda: known[HOT], lambda: plain.loads
 
 
 @contextmanager
-def _cached(
-    row: str, folder: Path
-) -> Iterator[tuple[Callable[[str], object], Callable[[], object], Callable[[], int]]]:
+def _cached(row: str, models: Path, tier: Path) -> Iterator[Served]:
     high = psutil.Process().memory_info().rss + STAY * _MEAN
     with ModelCache(
-        LocalSource(folder / "models", copy=False),
+        LocalSource(models, copy=False),
         load=_load,
-        disk=DiskTier(folder / "tier", min_free=0),
+        disk=DiskTier(tier, min_free=0),
         memory=MemoryTier(high, policy="lru", interval=0.25),
         unload=lambda _: None,
     ) as cache:
@@ -114,13 +116,11 @@ def _cached(
             yield cache.get, (lambda: cache.get(HOT)) if row == "get" else lease, lambda: cache.stats().loads
 
 
-def _serve(row: str, seconds: float) -> dict[str, Any]:
+def _serve(row: str, models: Path, seconds: float) -> dict[str, Any]:
     """Look up at the pace while others load; return the figures of each lookup in nanoseconds."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _make(folder / "models")
+    with tempfile.TemporaryDirectory() as tier:
         stop = threading.Event()
-        with _plain(folder / "models") if row == "dict" else _cached(row, folder) as (bring, lookup, loads):
+        with _plain(models) if row == "dict" else _cached(row, models, Path(tier)) as (bring, lookup, loads):
             order = itertools.cycle(map(str, range(MODELS)))
             loaders = [threading.Thread(target=_bring, args=(bring, order, stop)) for _ in range(LOADERS)]
             for loader in loaders:
@@ -181,17 +181,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--inside", metavar="ROW", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", nargs=2, metavar=("ROW", "MODELS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.inside:
-        sys.stdout.write(json.dumps(_serve(options.inside, options.seconds)))
+        sys.stdout.write(json.dumps(_serve(options.inside[0], Path(options.inside[1]), options.seconds)))
         return 0
     sys.stdout.write(f"{machine()}; {options.rounds} rounds of {options.seconds:.0f} s, {PACE:,} lookups a second\n")
     results: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
-    for _ in range(options.rounds):
-        for row in ROWS:
-            command = [sys.executable, "-m", "benchmarks.paced", "--inside", row, "--seconds", str(options.seconds)]
-            results[row].append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+    with tempfile.TemporaryDirectory() as folder:
+        _make(Path(folder))
+        for _ in range(options.rounds):
+            for row in ROWS:
+                command = [sys.executable, "-m", "benchmarks.paced", "--inside", row, folder]
+                command += ["--seconds", str(options.seconds)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+                results[row].append(json.loads(done.stdout))
     heads = ["", "p50 us", "p99 us", "p99.9 us", "p99.9 x dict (min..max)", "loads"]
     grid(f"Warm hits while {LOADS} models a second are loaded and dropped", [heads, *_lines(results)])
     missed = 0

@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     grid(f"The wall, {options.loaders} loaders", [_HEADS, *map(_line, results)])
     for result in results:
-        for text, count in result.errors:
-            sys.stdout.write(f"{result.row}, {count} times: {text}\n")
+        for name, count, text in result.errors:
+            sys.stdout.write(f"{result.row}: {name}, {count} times, at last: {text}\n")
     missed = 0
     for result in results:
         if result.row == "modelcache":

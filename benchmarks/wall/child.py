@@ -72,7 +72,7 @@ class Service:
         self._reload = 0.0
         # guards the two above, which loads at once all count
         self._counting = threading.Lock()
-        self.errors: collections.Counter[str] = collections.Counter()
+        self.errors: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
         warm = next(model for model in self._store.ids() if model.startswith("forest"))
         models.use(warm, models.load(self._store.models / warm, warm), random.Random(0))  # noqa: S311 - it only imports what it needs
         taken = store.resident()
@@ -115,7 +115,7 @@ class Service:
                     del value
             except Exception as error:  # noqa: BLE001 - counted, whatever it is
                 fates[number] = failed
-                self.errors[f"{type(error).__name__}: {error}"[:300]] += 1
+                self.errors[type(error).__name__].append(str(error)[:300])
             else:
                 fates[number] = done
 
@@ -144,4 +144,4 @@ if __name__ == "__main__":
     cgroup.enter(told.group)
     service = Service(told)
     service.run()
-    sys.stdout.write(json.dumps(service.errors.most_common(5)))
+    sys.stdout.write(json.dumps([(name, len(texts), texts[-1]) for name, texts in service.errors.items()]))

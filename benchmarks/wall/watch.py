@@ -35,7 +35,7 @@ class Result:
         above: most that was used above ``high``, by the samples.
         mean_used: mean of used / ``high`` once warm.
         figures: the book's.
-        errors: the most frequent, with how often.
+        errors: class, how often, and the text of the last one.
     """
 
     row: str
@@ -46,7 +46,7 @@ class Result:
     above: int = 0
     mean_used: float = 0.0
     figures: dict[str, float] = attrs.Factory(dict)
-    errors: list[tuple[str, int]] = attrs.Factory(list)
+    errors: list[tuple[str, int, str]] = attrs.Factory(list)
 
 
 class Watch:
@@ -110,6 +110,6 @@ class Watch:
         if child.returncode == -signal.SIGKILL:
             result.kills += 1
         elif child.returncode == 0:
-            result.errors += [(text, count) for text, count in json.loads(out)]
+            result.errors += [(name, count, text) for name, count, text in json.loads(out)]
         elif child.returncode != -signal.SIGTERM:
             raise RuntimeError(f"row {task.row} ended with {child.returncode} after {todo} were to do:\n{err[-3000:]}")

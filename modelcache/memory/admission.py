@@ -211,7 +211,9 @@ class Admission(Generic[T]):
             return False
         own = applicant.own_threads() & self._residents.holding_threads()
         mine = turn or bool(own)  # else the head of the line decides
-        return mine and not self._choosing.suffices(shortage) and applicant.hopeless()
+        if not mine or not applicant.hopeless():
+            return False
+        return shortage.met or not self._choosing.suffices(shortage)  # met: by what only this very thread unloads
 
     def _no_room(self, model: str, shortage: Shortage) -> NoRoom:
         """Return the error that says what is in the way; the guard is held."""

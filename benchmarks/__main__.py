@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALL = ("hit", "policies")
+ALL = ("hit", "policies", "quiet", "growth")
 
 
 def main() -> int:

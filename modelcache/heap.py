@@ -19,6 +19,7 @@ _KNOWN = re.compile(r"/lib(jemalloc|tcmalloc|mimalloc|snmalloc|hoard|asan)[^/\n]
 _ALL_ARENAS = b"arena.4096.purge"  # MALLCTL_ARENAS_ALL, since jemalloc 5
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+_KEPT_TOP = 4 << 20  # what threads that were not included may keep at the top of an arena each, from here on
 _BLOCK = 96 << 10  # below the mmap threshold, whatever it is
 _MOST_BLOCKS = 256
 
@@ -69,8 +70,8 @@ def give_back() -> bool:
     """Give freed heap back to the system, as far as the allocator that serves this process can.
 
     - glibc: ``malloc_trim(0)``, then what that leaves at the top of the arenas of included threads (see
-      :func:`include_thread`; the caller is one). For that the mmap and trim thresholds become 32 and 64 MiB, where the
-      adjusting of glibc itself ends; not where ``MALLOC_..._`` or ``GLIBC_TUNABLES`` in the environment set them.
+      :func:`include_thread`; the caller is one). For that the mmap and trim thresholds become 32 and 4 MiB,
+      for good; not where ``MALLOC_..._`` or ``GLIBC_TUNABLES`` in the environment set them.
     - jemalloc: the caller's cache is flushed and all arenas are purged.
     - mimalloc: ``mi_collect`` for the caller's heap and those of threads that ended. Free pages between blocks that are
       held stay, unless ``MIMALLOC_PURGE_DELAY`` (before 2.1 ``MIMALLOC_DECOMMIT_DELAY``) is 0.
@@ -260,7 +261,7 @@ class _Tops:
                     self._blocks.append(self._stir(block))
             finally:
                 self._mallopt(_MMAP_THRESHOLD, 32 << 20)
-                self._mallopt(_TRIM_THRESHOLD, 64 << 20)
+                self._mallopt(_TRIM_THRESHOLD, _KEPT_TOP)
 
     def _stir(self, block: int) -> int:
         block = self._realloc(block, 64) or block

@@ -11,6 +11,7 @@ Where we lose: ``lru_cache`` and ``cachetools`` do not measure, so they are fast
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve, print the table, and say whether the targets were met."""
     options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the cgroup and its process go as well
     try:
         own_group()
     except Unavailable as why:

@@ -88,28 +88,36 @@ class Watch:
     def _serve(self, task: Task, book: Book, result: Result, group: Group) -> None:
         """Run one process to its end, natural or not."""
         command = [sys.executable, "-m", "benchmarks.wall.child", json.dumps(attrs.asdict(task))]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        statm = Path(f"/proc/{child.pid}/statm")
         todo = book.count(TODO)
-        warm = task.requests * WARM
-        while child.poll() is None:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
             try:
-                used = group.used() if task.gauge == "container" else int(statm.read_text().split()[1]) * _PAGE
-                result.peak = max(result.peak, used, resident("VmHWM", child.pid))  # modelcache sets the mark back
-            except (OSError, IndexError, ProcessLookupError):
-                break
-            result.above = max(result.above, used - task.high)
-            if book["begun"] >= warm and used:
-                self._used += used / task.high
-                self._samples += 1
-            if time.monotonic() > self._end:
-                child.send_signal(signal.SIGTERM)
-                break
-            time.sleep(SAMPLE)
-        out, err = child.communicate()
+                self._sample(child, task, book, result, group)
+                out, err = child.communicate()
+            except BaseException:
+                child.kill()
+                raise
         if child.returncode == -signal.SIGKILL:
             result.kills += 1
         elif child.returncode == 0:
             result.errors += [(name, count, text) for name, count, text in json.loads(out)]
         elif child.returncode != -signal.SIGTERM:
             raise RuntimeError(f"row {task.row} ended with {child.returncode} after {todo} were to do:\n{err[-3000:]}")
+
+    def _sample(self, child: "subprocess.Popen[str]", task: Task, book: Book, result: Result, group: Group) -> None:
+        """Look at the memory of a process until it ends, or its time is over."""
+        statm = Path(f"/proc/{child.pid}/statm")
+        warm = task.requests * WARM
+        while child.poll() is None:
+            try:
+                used = group.used() if task.gauge == "container" else int(statm.read_text().split()[1]) * _PAGE
+                result.peak = max(result.peak, used, resident("VmHWM", child.pid))  # modelcache sets the mark back
+            except (OSError, IndexError):  # it ended meanwhile
+                return
+            result.above = max(result.above, used - task.high)
+            if book["begun"] >= warm and used:
+                self._used += used / task.high
+                self._samples += 1
+            if time.monotonic() > self._end:
+                child.terminate()
+                return
+            time.sleep(SAMPLE)

@@ -120,6 +120,7 @@ class Admission(Generic[T]):
             churn = residents.churn
             applicant.state = "loading"
             limits = self._tier.limits()
+            plan = _sober(plan, limits)
             _refuse_too_large(applicant.model, plan, limits)
             with self._guard:
                 residents.drain()
@@ -247,6 +248,13 @@ _SETTING = {
     Reason.MEMORY_BUDGET: "budget",
     Reason.MAX_MODELS: "max_models",
 }
+
+
+def _sober(plan: Plan, limits: Limits) -> Plan:
+    """Return the plan of a load, which what other models became may not make larger than half of what is allowed."""
+    if plan.sure:
+        return plan
+    return attrs.evolve(plan, resident=min(plan.resident, max(plan.artifact, limits.high // 2)))
 
 
 def _peak(plan: Plan, limits: Limits) -> int:

@@ -49,6 +49,7 @@ class Plan:
         peak: while it loads; at least ``resident``.
         sure: whether that was measured, or given by the user, rather than guessed from the artifact.
         peak_sure: whether the peak was measured.
+        artifact: bytes of the artifact's files.
         alone: whether it should run alone, so that it can be measured.
         first: whether it was never measured.
     """
@@ -57,6 +58,7 @@ class Plan:
     peak: int
     sure: bool = False
     peak_sure: bool = False
+    artifact: int = 0
     alone: bool = False
     first: bool = True
 
@@ -95,6 +97,7 @@ class Footprints:
     def __init__(self) -> None:
         self._known: dict[str, Known] = {}
         self._sizes: deque[float] = deque(maxlen=_LEARNED)  # resident over artifact bytes
+        self._small: deque[float] = deque(maxlen=_LEARNED)  # resident bytes of artifacts too small to tell anything
         self._peaks: deque[float] = deque(maxlen=_LEARNED)  # peak over resident bytes
         self._clean = 0
         self._doubtful = 0  # doubtful loads in a row, of whatever model
@@ -112,7 +115,7 @@ class Footprints:
             given: bytes that the user's ``size_of`` says; None where there is none.
         """
         known = self._known.get(model, Known())
-        estimate = math.ceil(artifact * _middle(self._sizes, 0.5)) if given is None else given
+        estimate = self._estimate(artifact) if given is None else given
         self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None)
         resident = known.in_use
         peak = max(known.peak or 0, resident)
@@ -124,9 +127,15 @@ class Footprints:
             peak=max(peak, resident),
             sure=known.resident is not None or given is not None,
             peak_sure=known.peak is not None,
+            artifact=artifact,
             alone=known.resident is None and (known.distrusted >= _DISTRUSTED or unknown),
             first=known.resident is None,
         )
+
+    def _estimate(self, artifact: int) -> int:
+        if artifact < NOISE and self._small:
+            return math.ceil(max(_middle(self._small, 0.5), artifact))
+        return math.ceil(artifact * _middle(self._sizes, 0.5))
 
     def learn(self, model: str, artifact: int, measured: Measurement | None, seconds: float) -> Known:
         """Take in what a load took, and return what is known now.
@@ -160,6 +169,8 @@ class Footprints:
             return attrs.evolve(known, peak=None if peak is None else max(peak, known.in_use))
         if artifact >= NOISE:
             self._sizes.append(measured.resident / artifact)
+        elif measured.resident >= NOISE:
+            self._small.append(measured.resident)
         if measured.resident >= _WEIGHTY:
             self._peaks.append(min(measured.peak / measured.resident, _STEEPEST))
         resident = _blend(known.resident, max(measured.resident, NOISE))
@@ -181,9 +192,9 @@ def _blend(known: int | None, new: int) -> int:
     return new if known is None or new >= known else round(known + _BLEND * (new - known))
 
 
-def _middle(ratios: deque[float], share: float) -> float:
-    """Return the ratio below which ``share`` of what was learned lies; 1 before anything was."""
-    if not ratios:
+def _middle(learned: deque[float], share: float) -> float:
+    """Return the figure below which ``share`` of what was learned lies; 1 before anything was."""
+    if not learned:
         return 1.0
-    ranked = sorted(ratios)
+    ranked = sorted(learned)
     return ranked[min(int(len(ranked) * share), len(ranked) - 1)]

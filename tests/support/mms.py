@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.parse
@@ -64,7 +65,8 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST)
         with contextlib.closing(connection):
             data = body if body is None or isinstance(body, bytes) else json.dumps(body)
-            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            kind = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, path, data, {**kind, **(headers or {})})
             answer = connection.getresponse()
             content = answer.read()
             return answer.status, json.loads(content)
@@ -107,9 +109,9 @@ class Server:
         written.replace(self.folder / "limits.json")
 
     def stop(self) -> None:
-        """Ask MMS to end, as a container's runtime does, and wait until all its processes have."""
+        """Ask all processes to end, as systemd does, and wait until they have; Java alone would leave some behind."""
         family = [self.java, *self.processes()]
-        self.java.terminate()
+        os.killpg(os.getpgid(self.java.pid), signal.SIGTERM)
         eventually(lambda: not any(map(_runs, family)))
 
 
@@ -182,4 +184,4 @@ def _answers(server: Server) -> bool:
 
 def _kill_group(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, 9)
+        os.killpg(leader, signal.SIGKILL)

@@ -145,8 +145,8 @@ class Router:
     def answer(self, request: dict[str, Any], context: Any, index: int) -> dict[str, Any]:
         """Return what one request of a batch asks for, or why not.
 
-        An error becomes an answer with a status, never an exception: for one exception MMS fails the whole batch,
-        and where that was of two or more, ends the worker, and with it what is in memory.
+        An error is an answer with a status, never an exception: for one exception MMS fails the whole batch, logs a
+        traceback, and tells the client of an ``InternalServerException``.
         """
         context.set_response_content_type(index, "application/json")
         try:
@@ -159,8 +159,6 @@ class Router:
                 log.exception("the prediction failed")
             status = status or HTTPStatus.INTERNAL_SERVER_ERROR
             context.set_response_status(status.value, status.phrase, index)
-            if status is HTTPStatus.SERVICE_UNAVAILABLE:
-                context.set_response_header(index, "Retry-After", "5")
             return {"error": type(error).__name__, "message": str(error)}
 
     def _predict(self, model: str, rows: list[Any], metrics: Any, index: int) -> list[float]:

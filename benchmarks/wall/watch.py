@@ -89,13 +89,18 @@ class Watch:
         """Run one process to its end, natural or not."""
         command = [sys.executable, "-m", "benchmarks.wall.child", json.dumps(attrs.asdict(task))]
         todo = book.count(TODO)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with (
+            tempfile.TemporaryFile("w+") as said,  # a pipe that nobody reads would fill
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as child,
+        ):
             try:
                 self._sample(child, task, book, result, group)
-                out, err = child.communicate()
+                out, _ = child.communicate()
             except BaseException:
                 child.kill()
                 raise
+            said.seek(0)
+            err = said.read()
         if child.returncode == -signal.SIGKILL:
             result.kills += 1
         elif child.returncode == 0:

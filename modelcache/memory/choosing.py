@@ -88,7 +88,13 @@ class Choosing(Generic[T]):
         )
 
     def choose(
-        self, shortage: Shortage, most: int, among: Collection[str] | None = None, *, whole: bool = False
+        self,
+        shortage: Shortage,
+        most: int,
+        among: Collection[str] | None = None,
+        *,
+        whole: bool = False,
+        stepwise: bool = False,
     ) -> list[Entry[T]]:
         """Retire just enough models for ``shortage``; what was loaded before a fork goes last.
 
@@ -98,6 +104,7 @@ class Choosing(Generic[T]):
                 tells more.
             among: only these models.
             whole: none at all where it is known that what may go does not suffice.
+            stepwise: ``most`` holds for all models: what grew may not be theirs, so that their leaving may not help.
         """
         picked: list[Entry[T]] = []
         guessed = 0
@@ -105,7 +112,7 @@ class Choosing(Generic[T]):
             if shortage.met or (guessed >= most and shortage.over_high > 0):
                 break
             picked.append(entry)
-            guessed += not entry.sure
+            guessed += stepwise or not entry.sure
             shortage = shortage.after(entry)
         if whole and not shortage.met and not guessed:
             return []

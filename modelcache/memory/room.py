@@ -92,7 +92,7 @@ class Room(Generic[T]):
                         return
                     continue
                 trim = not trimmed and shortage.over_high > 0  # freed heap looks used, but costs no eviction
-                victims = [] if trim else self._choosing.choose(shortage, most)
+                victims = [] if trim else self._choosing.choose(shortage, most, stepwise=outside)
                 if outside and crossed is None and not trim and shortage.over_high > residents.deficit:
                     floor = limits.low
                 crossed = crossed or (None if trim else shortage)

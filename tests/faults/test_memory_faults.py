@@ -1,0 +1,187 @@
+"""Faults of memory that people met in production, brought about in real processes, or with a gauge that lies."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from modelcache import Evicted, NoRoom, Pressure
+from tests.support.children import run
+from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
+from tests.support.waiting import Gate, Spawn, eventually
+
+REAL = """
+import mmap
+import psutil
+MIB = 2**20
+folder = Path(sys.argv[1])
+
+def rss():
+    return psutil.Process().memory_info().rss
+
+def models(count, size):
+    names = [f"m{number}" for number in range(count)]
+    for name in names:
+        path = folder / "source" / name / "weights.bin"
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+    return names
+
+def cache_of(load, high, **settings):
+    return ModelCache(LocalSource(folder / "source", copy=False), load, disk=DiskTier(folder / "disk", min_free=0),
+                      memory=MemoryTier(high=high, interval=0.05), **settings)
+
+class Weights:
+    def __init__(self, value):
+        self.value = value
+"""
+
+
+def test_f009_garbage_of_a_load_is_not_its_footprint(tmp_path: Path) -> None:
+    """F009: a loader that builds and drops ten times as much leaves a footprint within a fifth of the real one."""
+    run(
+        REAL
+        + """
+        def load(path):
+            for _ in range(5):
+                garbage = [bytes(1000) for _ in range(60_000)]
+                del garbage
+            return Weights([bytes(1000) for _ in range(30_000)])
+        names = models(3, 30 * MIB)
+        with cache_of(load, rss() + 1000 * MIB) as cache:
+            for name in names:
+                cache.get(name)
+            real = 30_000 * (1000 + 33 + 8)
+            for row in cache.models():
+                assert row.in_use == "measured", row
+                assert 0.8 * real < row.bytes < 1.2 * real, (row, real)
+                assert row.peak > 1.5 * real, (row, real)
+        """,
+        tmp_path,
+    )
+
+
+def test_f015_loads_at_once_do_not_share_the_same_room(tmp_path: Path) -> None:
+    """F015: eight loads that begin at once stay below ``high``, but for what the first ones were wrong by."""
+    run(
+        REAL
+        + """
+        barrier = threading.Barrier(8)
+        names = models(8, 40 * MIB)
+        top = []
+        def load(path):
+            value = Weights(bytearray(b"1") * (40 * MIB))
+            top.append(rss())
+            return value
+        high = rss() + 150 * MIB
+        with cache_of(load, high) as cache:
+            threads = [threading.Thread(target=lambda name=name: (barrier.wait(), cache.get(name))) for name in names]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            assert len(top) == 8
+            assert max(top) <= high + 8 * MIB, (max(top) - high) / MIB
+            assert sum(row.tier == "memory" for row in cache.models()) == 3
+        """,
+        tmp_path,
+    )
+
+
+def test_f016_mapped_models_count_before_they_are_touched(tmp_path: Path) -> None:
+    """F016: models that map their weights read small; they count in full, so that touching them all is no surprise."""
+    run(
+        REAL
+        + """
+        def load(path):
+            file = (path / "weights.bin").open("rb")
+            return Weights(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        names = models(6, 30 * MIB)
+        high = rss() + 100 * MIB
+        with cache_of(load, high) as cache:
+            for name in names:
+                cache.get(name)
+            rows = [row for row in cache.models() if row.tier == "memory"]
+            assert all(25 * MIB < row.bytes < 35 * MIB for row in rows), rows
+            assert len(rows) == 3, rows
+            leases = [cache.lease(row.model) for row in rows]
+            touched = sum(len(bytes(lease.acquire().value)) for lease in leases)
+            assert touched == 90 * MIB
+            for lease in leases: lease.release()
+            time.sleep(0.3)
+            assert len([row for row in cache.models() if row.tier == "memory"]) == 3
+        """,
+        tmp_path,
+    )
+
+
+def test_f014_one_load_evicts_one(make_cache: MakeCache, spawn: Spawn) -> None:
+    """F014: bytes of models that are being unloaded count as coming, so that nobody else goes for the same room."""
+    gate = Gate()
+    book = Book(unload=gate)
+    names = [f"m{number}" for number in range(20)]
+    cache = make_cache(
+        DictSource().add(*names, "x", "y"),
+        book,
+        size_of=lambda model, path: 100,
+        memory={"high": 2000, "low": 2000, "gauge": book.gauge(10_000), "interval": 0.02},
+    )
+    told: list[Any] = []
+    cache.on(Evicted, told.append)
+    for name in names:
+        cache.get(name)
+    with gate:
+        loads = [spawn(cache.get, name) for name in "xy"]
+        gate.wait()
+        eventually(lambda: sum(row.state == "waiting for room" for row in cache.models()) >= 1 or len(told) == 2)
+        assert len(told) <= 2
+    for load in loads:
+        load.result()
+    assert len(told) == 2
+    assert len(book.alive) == 20
+
+
+def test_f018_growth_that_outruns_eviction(make_cache: MakeCache) -> None:
+    """F018: where memory grows faster than evicting frees it, evicting stops, one event says so, hits go on."""
+    book = Book()
+    names = [f"m{number}" for number in range(60)]
+    calm = FakeGauge(0, 10_000)
+    cache = make_cache(
+        DictSource().add(*names),
+        book,
+        size_of=lambda model, path: 50,
+        memory={"high": 8000, "gauge": calm, "interval": 0.02},
+    )
+    told: list[Any] = []
+    cache.on(Pressure, told.append)
+    for name in names:
+        cache.get(name)
+    growth = itertools.count(8100, 60)
+    calm.used = lambda: next(growth)
+    eventually(lambda: told)
+    alive = book.alive
+    assert len(alive) > 20
+    assert cache.get(alive[-1]).model == alive[-1]
+    gone = next(name for name in names if name not in alive)
+    try:
+        cache.get(gone, timeout=5.0)
+    except NoRoom as error:
+        refusal = error
+    assert refusal.tier == "memory"
+    assert cache.get(alive[-1]).model == alive[-1]
+    assert len(told) == 1
+
+
+def test_f020_hits_go_on_while_another_model_loads(make_cache: MakeCache, spawn: Spawn) -> None:
+    """F020: where two models do not fit together, the one that is leased serves on while the other waits, in turn."""
+    book = Book()
+    cache = make_cache(
+        DictSource().add("a", "b"), book, size_of=lambda model, path: 600, memory={"budget": 1000, "gauge": FakeGauge()}
+    )
+    lease = cache.lease("a")
+    lease.acquire()
+    other = spawn(cache.get, "b")
+    eventually(lambda: any(row.state == "waiting for room" for row in cache.models()))
+    for _ in range(100):
+        assert cache.get("a").model == "a"
+    lease.release()
+    assert other.result().model == "b"
+    assert book.loads == ["a", "b"]

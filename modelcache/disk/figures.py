@@ -61,7 +61,8 @@ def write(folder: Path, figures: Figures) -> None:
 def read(folder: Path) -> Figures | None:
     """Return what is kept beside a published artifact; None where that is nothing, or damaged."""
     try:
-        fields: dict[str, Any] = json.loads((folder / NAME).read_bytes())
+        with (folder / NAME).open("rb") as file:
+            fields: dict[str, Any] = json.loads(file.read(_SIZE))  # what lies behind is not ours
         figures = Figures(**fields)
     except (OSError, ValueError, TypeError):
         return None

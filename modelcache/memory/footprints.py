@@ -52,6 +52,7 @@ class Plan:
         artifact: bytes of the artifact's files.
         alone: whether it should run alone, so that it can be measured.
         first: whether it was never measured.
+        thread: identity of the thread that loads it; None before it is admitted.
     """
 
     resident: int
@@ -61,6 +62,7 @@ class Plan:
     artifact: int = 0
     alone: bool = False
     first: bool = True
+    thread: object = None
 
 
 @attrs.frozen
@@ -75,6 +77,7 @@ class Known:
         doubtful: the last measurement made while others loaded; None: none since the last clean one.
         distrusted: such measurements in a row.
         seconds: of its loads, blended; 0: none yet.
+        weighed: whether this process has measured it cleanly, be it too small to tell.
     """
 
     estimate: int = 0
@@ -84,6 +87,7 @@ class Known:
     doubtful: int | None = None
     distrusted: int = 0
     seconds: float = 0.0
+    weighed: bool = False
 
     @property
     def in_use(self) -> int:
@@ -121,6 +125,7 @@ class Footprints:
         peak = max(known.peak or 0, resident)
         if known.peak is None:
             peak = math.ceil(resident * _middle(self._peaks, _CAUTIOUS))
+        first = known.resident is None and not known.weighed
         unknown = self._clean < _ENOUGH and self._doubtful >= _DISTRUSTED
         return Plan(
             resident=resident,
@@ -128,8 +133,8 @@ class Footprints:
             sure=known.resident is not None or given is not None,
             peak_sure=known.peak is not None,
             artifact=artifact,
-            alone=known.resident is None and (known.distrusted >= _DISTRUSTED or unknown),
-            first=known.resident is None,
+            alone=first and (known.distrusted >= _DISTRUSTED or unknown),
+            first=first,
         )
 
     def _estimate(self, artifact: int) -> int:
@@ -163,7 +168,7 @@ class Footprints:
     def _learn_clean(self, known: Known, artifact: int, measured: Measurement) -> Known:
         self._clean += 1
         self._doubtful = 0
-        known = attrs.evolve(known, doubtful=None, distrusted=0)
+        known = attrs.evolve(known, doubtful=None, distrusted=0, weighed=True)
         peak = _blend(known.peak, measured.peak) if measured.peak >= NOISE else known.peak
         if measured.resident < NOISE and (known.given or known.in_use < _SMALL):
             return attrs.evolve(known, peak=None if peak is None else max(peak, known.in_use))

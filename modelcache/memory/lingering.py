@@ -49,7 +49,7 @@ class Lingering:
 
     def add(self, straggler: Straggler) -> None:
         """Take in a model that was just unloaded, and lives on."""
-        self._all.append(straggler)
+        self._all = [*self.look(), straggler]
         self._hopeful.append(straggler)
 
     def look(self) -> list[Straggler]:

@@ -92,6 +92,13 @@ class Lives:
         while len(self._all) > _MOST:
             self._all.popitem(last=False)
 
+    def stayed(self, model: str) -> None:
+        """Book that a model that was about to leave stays after all."""
+        life = self._all.get(model)
+        if life is not None:
+            life.due = False
+            life.left = None if life.evicted is None else life.evicted.reason
+
     def evicted(self, event: Evicted) -> None:
         """Keep the figures of an eviction."""
         life = self._all.setdefault(str(event.model), Life())

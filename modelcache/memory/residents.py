@@ -165,6 +165,7 @@ class Residents(Generic[T]):
                 self.churn += 1
                 entry.retired = False
                 entry.doomed = entry.reason = entry.farewell = None
+                self.lives.stayed(model)
                 self._admit(entry)
                 return entry
         return None

@@ -58,7 +58,9 @@ class Room(Generic[T]):
         self._teller = teller
 
     def enforce(self) -> None:
-        """Evict what the limits demand now; returns once all that must go, and may, is gone."""
+        """Evict what the limits demand now; returns once all that must go, and may, is gone, or it does not help."""
+        with self._guard:
+            self._evictor.futility.over()  # another limit, another try
         self._lower(outside=False)
 
     def look(self) -> None:
@@ -86,7 +88,7 @@ class Room(Generic[T]):
                 if shortage.fits and limits.reading is not None and not residents.reserved:
                     residents.deficit = 0
                     self._evictor.futility.over()
-                stopped = outside and shortage.over_high > 0 and self._evictor.stopped()
+                stopped = shortage.over_high > 0 and self._evictor.stopped()
                 if shortage.met or stopped:
                     if stopped or self._settled(shortage):
                         return
@@ -120,13 +122,13 @@ class Room(Generic[T]):
         """Note the ages of leases, and return what is to be told of the oldest."""
         told: list[Event] = []
         with self._guard:
-            holders = self._residents.holders()  # a lease's age counts from the first look at it
+            self._residents.holders()  # a lease's age counts from the first look at it
             oldest = self._tier.lease_warning
             if oldest is None:
                 return told
-            old = {model: age for model, _, age in holders if age >= oldest}
             for entry in self._residents.entries():
-                if entry.model in old and not entry.warned:
+                age = max(entry.ages(), default=0.0)
+                if age >= oldest and not entry.warned:
                     entry.warned = True
                     told.append(
                         Pressure(
@@ -136,10 +138,10 @@ class Room(Generic[T]):
                             tier="memory",
                             reason=Reason.OLD_LEASE,
                             bytes=entry.bytes,
-                            duration=old[entry.model],
+                            duration=age,
                         )
                     )
-                elif entry.model not in old:
+                elif age < oldest:
                     entry.warned = False
         return told
 
@@ -150,7 +152,10 @@ class Room(Generic[T]):
             return
         with self._guard:
             self._residents.drain()
-            due = time.monotonic() - after
+            now = time.monotonic()
+            for entry in self._residents.resident.values():
+                entry.tick = now if entry.holds else entry.tick  # a lease is use to its end
+            due = now - after
             idle = [entry for entry in self._residents.resident.values() if entry.tick <= due and not entry.holds]
             count = self._residents.count()
             figures = {"used": count, "need": 0, "limit": count, "high": count}

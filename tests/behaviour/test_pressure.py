@@ -212,3 +212,19 @@ def test_memory_error_is_tried_once_more(make_cache: MakeCache) -> None:
     assert type(raised).__name__ == "LoadFailed"
     assert tries.count("never") == 2
     assert cache.stats().memory_reserved == 0
+
+
+def test_lowering_a_limit_in_vain_empties_nothing(make_cache: MakeCache) -> None:
+    """Where memory does not come back, an assignment to ``high`` returns with most models still there."""
+    book = Book()
+    names = [f"m{number}" for number in range(40)]
+    gauge = FakeGauge(700, 1000)
+    cache = make_cache(
+        DictSource().add(*names), book, memory={"high": 900, "gauge": gauge, "interval": 1000.0, "budget": None}
+    )
+    told = heard(cache, Pressure)
+    for name in names:
+        cache.get(name)
+    cache.memory.high = 600
+    assert len(book.alive) > 20
+    assert len(told) == 1

@@ -59,6 +59,8 @@ class Life:
         self._unload_all()
         left = threading.TIMEOUT_MAX if deadline is None else max(deadline - time.monotonic(), 0.1)
         ended = parts.workers.stop(left) & parts.hooks.close(left)
+        self._await_releases(0.5 if deadline is None else min(deadline - time.monotonic(), 0.5))
+        self._await_flights(deadline)  # and whoever has just released the last lease of a model, and unloads it
         gone = parts.finish() and parts.monitor.stop(left) and ended  # a lease left over still needs the monitor
         parts.pass_on()
         return gone
@@ -89,6 +91,16 @@ class Life:
         with self._parts.guard:
             retired = [entry for entry in residents.entries() if residents.doom(entry, Reason.CLOSE)]
         self._parts.unloader.carry_out(retired)
+
+    def _await_releases(self, grace: float) -> None:
+        """Wait a moment for lookups that have just got their model and are about to let it go."""
+        parts, until = self._parts, time.monotonic() + grace
+        with parts.guard:
+            while parts.residents.holding_threads() - parts.flights.closers:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return
+                parts.guard.wait(left)
 
     def _await_flights(self, deadline: float | None) -> None:
         """Wait for flights, and for unloads on other threads; flights that outlast the deadline are told to stop."""

@@ -178,15 +178,15 @@ class Loader(Generic[T]):
             del value
             del self.residents.reserved[flight]
             self.residents.churn += 1
-            self._book(flight, entry, limits)
+            self._book(flight, entry, limits, entry.bytes if measured is None else measured.resident - measured.latent)
             self.residents.insert(entry)
             self.flights.land(flight, entry)
             if self.closed():
                 self.residents.condemn(entry, Reason.CLOSE)
         return entry, limits
 
-    def _book(self, flight: Flight[T], entry: Entry[T], limits: Limits) -> None:
-        """Book a load that ended well, before it lands; the guard is held."""
+    def _book(self, flight: Flight[T], entry: Entry[T], limits: Limits, grown: int) -> None:
+        """Book a load that ended well, and by which the gauge rose by ``grown``, before it lands; the guard is held."""
         residents, counters = self.residents, self.fetcher.counters
         counters.loads += 1
         counters.load_seconds += entry.cost
@@ -198,7 +198,7 @@ class Loader(Generic[T]):
             residents.deficit = max(residents.deficit, limits.reading.used - limits.high, 0)
         parent = flight.parent
         if parent is not None and parent.scale is not None and flight.scale is not None:
-            parent.scale.parts += entry.bytes
+            parent.scale.parts += grown + flight.scale.parts
             parent.scale.moves += 2 + flight.scale.moves  # its admission and its landing
 
     def _after_landing(self, flight: Flight[T], entry: Entry[T], after: Limits) -> None:
@@ -256,8 +256,8 @@ class Loader(Generic[T]):
         try:
             return self._call(flight.model, path)
         except LoadFailed as error:
-            if not isinstance(error.__cause__, MemoryError):
-                raise
+            if not isinstance(error.__cause__, MemoryError) or isinstance(error.__cause__, ModelCacheError):
+                raise  # no MemoryError, or a part's TooLarge, which trying again does not change
         self.room.make(plan.peak, flight.model)
         check_cancelled(flight)
         return self._call(flight.model, path)

@@ -136,6 +136,7 @@ class Orders:
         self._parts.unloader.carry_out(retired)
         if reason is Reason.DELETE and not entries:
             gone = self._parts.shelf.delete(model) and gone
+        if reason is Reason.DELETE and gone:
             with self._parts.guard:
                 self._parts.residents.footprints.forget(model)
                 self._parts.residents.lives.forget(model)

@@ -12,6 +12,7 @@ import attrs
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Reason
 from modelcache.guard import Guard
+from modelcache.identity import me
 from modelcache.memory.choosing import Choosing
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.footprints import Plan
@@ -99,7 +100,8 @@ class Admission(Generic[T]):
         """Reserve what ``plan`` says under ``token``, evicting just enough; who waits is served in turn.
 
         Returns:
-            The reading that allowed it, and what ``residents.churn`` is as long as nothing else moves.
+            The reading that allowed it, and what ``residents.churn`` is as long as nothing else moves: -1, which it
+            never is, where another load is under way.
 
         Raises:
             TooLarge: the model can never fit.
@@ -124,17 +126,18 @@ class Admission(Generic[T]):
             _refuse_too_large(applicant.model, plan, limits)
             with self._guard:
                 residents.drain()
-                need = plan.resident if bare else _peak(plan, limits)
+                need = _bare(plan, limits) if bare else _peak(plan, limits)
                 shortage = self._choosing.newcomer(limits, need, plan.resident)
                 turn = applicant.nested or next(iter(residents.line), token) is token
                 clear = self._clear(token, plan, since, nested=applicant.nested)
                 if turn and clear and shortage.fits and not self._leaving(applicant, applicant.model):
-                    residents.reserved[token] = attrs.evolve(plan, peak=need)
+                    crowded = self._others_load(applicant)
+                    residents.reserved[token] = attrs.evolve(plan, peak=need, thread=me())
                     if plan.alone:
                         self._solo = (token, time.monotonic() + _PATIENCE)
                     applicant.refused(None)
                     residents.churn += 1
-                    return limits, churn + 1
+                    return limits, -1 if crowded else churn + 1
                 looked = token in residents.line  # only from now on a release sees that somebody waits
                 residents.line[token] = None
                 residents.update_short()
@@ -143,21 +146,22 @@ class Admission(Generic[T]):
                 victims = self._choosing.choose(shortage, most, whole=True) if able else []
                 self._evictor.announce(victims, shortage, applicant.model)
                 if looked and not victims:
-                    bare = bare or self._may_go_bare(applicant, plan, limits, turn=turn)
-                    if not bare or not self._choosing.newcomer(limits, plan.resident, plan.resident).fits:
+                    if not bare and turn and self._may_go_bare(applicant, since):
+                        bare = True
+                    else:
                         rows = rows + 1 if stopped else 0
                         applicant.state = "waiting for room" if clear else "waiting for a measurement"
                         lost = not rows and self._lost(applicant, shortage, turn=turn)
                         losses = losses + 1 if lost else 0
                         self._wait(applicant, plan, shortage, losses=losses, rows=rows)
             if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
-                self._unloader.collect(urgent=True)
+                self._unloader.collect(urgent=True, wait=True)
                 self._garbage.give_back()
             if victims:
                 most *= 2
                 self._evictor.evict(victims, limits, shortage.reason)
                 if shortage.over_high > 0:
-                    self._unloader.collect(urgent=True)
+                    self._unloader.collect(urgent=True, wait=True)
 
     def _clear(self, token: object, plan: Plan, since: float, *, nested: bool) -> bool:
         """Whether nobody is to be left alone: neither another load that is measured, nor, by others, this one.
@@ -174,16 +178,20 @@ class Admission(Generic[T]):
             return False
         return not plan.alone or not self._residents.reserved or now - since >= _PATIENCE
 
-    def _may_go_bare(self, applicant: Applicant, plan: Plan, limits: Limits, *, turn: bool) -> bool:
-        """Whether a load whose peak alone is in the way may go on all the same: nothing else can make it fit.
+    def _may_go_bare(self, applicant: Applicant, since: float) -> bool:
+        """Whether a load may go on with less than its peak reserved, as nothing makes room for that.
 
-        Where the peak was measured it must stay below the limit itself.
+        It waits for leases no longer than ``_PATIENCE``: they may be for ever.
         """
-        residents = self._residents
-        others = residents.holding_threads() or residents.reserved or self._leaving(applicant)
-        if not turn or others or limits.reading is None:
+        if self._others_load(applicant) or self._leaving(applicant):
             return False
-        return not plan.peak_sure or limits.reading.used + plan.peak <= limits.reading.limit
+        waited = time.monotonic() - since >= _PATIENCE
+        return waited or self._residents.holding_threads() <= applicant.threads()
+
+    def _others_load(self, applicant: Applicant) -> bool:
+        """Whether loads are under way that do not wait for this one."""
+        own = applicant.own_threads()
+        return any(plan.thread not in own for plan in self._residents.reserved.values())
 
     def _leaving(self, applicant: Applicant, model: str | None = None) -> bool:
         """Whether some model (or this one) is being unloaded by a thread that does not wait for the applicant."""
@@ -260,6 +268,13 @@ def _sober(plan: Plan, limits: Limits) -> Plan:
 def _peak(plan: Plan, limits: Limits) -> int:
     """Return the bytes to reserve for a peak: one that is only estimated takes no more than half of what is allowed."""
     return plan.peak if plan.peak_sure else min(plan.peak, max(plan.resident, limits.high // 2))
+
+
+def _bare(plan: Plan, limits: Limits) -> int:
+    """Return the least to reserve: a peak that was measured may go beyond ``high``, but not beyond the limit."""
+    if not plan.peak_sure or limits.reading is None:
+        return plan.resident
+    return max(plan.resident, plan.peak - max(limits.reading.limit - limits.high, 0))
 
 
 def _refuse_too_large(model: str, plan: Plan, limits: Limits) -> None:

@@ -18,6 +18,7 @@ from modelcache.telling import Teller
 
 T = TypeVar("T")
 
+_MISSED = 2  # a batch that frees less than half of what it promised may have left cycles
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 
@@ -70,15 +71,22 @@ class Evictor(Generic[T]):
 
     def evict(self, victims: list[Entry[T]], before: Limits, reason: Reason) -> None:
         """Unload a batch, give heap back, measure, and tell what came back."""
-        started = time.monotonic()
-        promised = sum(0 if entry.inherited else entry.bytes for entry in victims)
-        seen = promised - sum(0 if entry.inherited else entry.latent for entry in victims)
-        models = [entry.model for entry in victims]
+        started, batch = time.monotonic(), list(victims)
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
         collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
+        batch = [entry for entry in batch if entry.begun]  # the others were asked for meanwhile, and stay
+        promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
+        seen = promised - sum(0 if entry.inherited else entry.latent for entry in batch)
+        models = [entry.model for entry in batch]
         after = self._tier.limits()
-        if before.reading is None or after.reading is None:
+        if before.reading is None or after.reading is None or not batch:
+            return
+        missing = (before.reading.used - after.reading.used + explained) * _MISSED < seen
+        if missing and reason is Reason.WATERMARK and not collected:
+            self._unloader.search()
+            collected, after = True, self._tier.limits()
+        if after.reading is None:
             return
         event = Reclaimed(
             seq=self._teller.number(),

@@ -18,6 +18,7 @@ _WEIGHTY = 4 * NOISE  # resident bytes from which on a model's peak says somethi
 _STEEPEST = 4.0  # times the resident bytes: peaks above that are a matter of one model, not of the cache
 _DISTRUSTED = 3  # doubtful measurements in a row after which the next load of that model runs alone
 _ENOUGH = 8  # clean measurements from which on the ratios of this cache are known well
+_MOST = 100_000  # models that figures are kept of; beyond it those that were not loaded for longest are forgotten
 _LEARNED = 64  # loads that the ratios are taken from
 _BLEND = 0.3  # weight of a new figure that is below the known one; a higher one counts at once
 _CAUTIOUS = 0.9  # share of the learned peaks that the estimate of a peak is to cover
@@ -120,7 +121,10 @@ class Footprints:
         """
         known = self._known.get(model, Known())
         estimate = self._estimate(artifact) if given is None else given
+        self._known.pop(model, None)  # to be forgotten last
         self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None)
+        while len(self._known) > _MOST:
+            del self._known[next(iter(self._known))]
         resident = known.in_use
         peak = max(known.peak or 0, resident)
         if known.peak is None:

@@ -5,11 +5,13 @@ What is collected for, models that live on in cycles or what a load left behind,
 """
 
 import gc
+import threading
 import time
 
 from modelcache import heap
 
 _REST = 10.0  # seconds between two collections that nobody waits for
+_LONGEST = 1.0  # seconds that one which can't be done without waits for its turn: refusing a load is worse
 _SHARE = 10  # a collection that somebody waits for takes at most a tenth of the time
 
 
@@ -23,15 +25,20 @@ class Garbage:
         self._ended = float("-inf")
         self._took = 0.0
 
-    def collect(self, *, urgent: bool) -> bool:
+    def collect(self, *, urgent: bool, wait: bool = False) -> bool:
         """Run ``gc.collect()`` unless one was just before; return whether it ran.
 
         Args:
             urgent: a load waits for what this may free.
+            wait: wait for its turn, a second at most, and run it then.
         """
-        started = time.monotonic()
-        if started - self._ended < (_SHARE * self._took if urgent else max(_REST, _SHARE * self._took)):
+        rest = _SHARE * self._took if urgent else max(_REST, _SHARE * self._took)
+        left = self._ended + rest - time.monotonic()
+        if left > 0 and not wait:
             return False
+        if left > 0:
+            threading.Event().wait(min(left, _LONGEST))
+        started = time.monotonic()
         gc.collect()
         self._ended = time.monotonic()
         self._took = self._ended - started

@@ -52,6 +52,7 @@ class Unloader(Generic[T]):
         self._teller = teller
         self._garbage = garbage
         self._owed = 0
+        self._unchecked = False  # whether something left since the last collection, and no gauge was asked of it
         self.errors = 0
         self.evictions = 0
 
@@ -80,6 +81,7 @@ class Unloader(Generic[T]):
                     complain("a model has left memory, but not all that it kept on disk was given back", error=error)
             collected = self.collect(urgent=False)
             self._owed += sum(entry.bytes for entry in left)
+            self._unchecked = self._unchecked or bool(left and not trim)
             if trim or self._owed >= _OWED:
                 self._owed = 0
                 self._garbage.give_back()
@@ -152,16 +154,28 @@ class Unloader(Generic[T]):
             error=problem,
         )
 
-    def collect(self, *, urgent: bool) -> bool:
+    def collect(self, *, urgent: bool, wait: bool = False) -> bool:
         """Collect cycles where a model that was unloaded lives on; return whether that was done.
+
+        A model may also be gone but for cycles inside it, which is not seen of it.
 
         Args:
             urgent: a load waits for its memory; else one that would come too soon is left to the monitor.
+            wait: wait for its turn.
         """
         with self._guard:
             hopeful = self._residents.lingering.hopeful()
-        if not hopeful or not self._garbage.collect(urgent=urgent):
+        return (hopeful or (urgent and self._unchecked)) and self._collect(urgent=urgent, wait=wait)
+
+    def search(self) -> None:
+        """Collect cycles and give heap back, as less came back than models promised."""
+        self._collect(urgent=True, wait=True)
+        self._garbage.give_back()
+
+    def _collect(self, *, urgent: bool, wait: bool) -> bool:
+        if not self._garbage.collect(urgent=urgent, wait=wait):
             return False
+        self._unchecked = False
         with self._guard:
             self._residents.lingering.collected()
         return True

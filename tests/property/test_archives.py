@@ -99,7 +99,8 @@ def test_any_tar(members: list[tuple[str, bytes, str, bytes]], form: int) -> Non
     if found is not None:
         names = [plain(info.name) for info, _ in packed]
         for at, (info, body) in enumerate(packed):
-            if info.type == tarfile.REGTYPE and names[at] not in names[at + 1 :]:
+            ends = "\0" in info.name  # the name does: "a/\0" is a folder to who reads it
+            if info.type == tarfile.REGTYPE and names[at] not in names[at + 1 :] and not ends:
                 assert found[names[at]] == body
 
 

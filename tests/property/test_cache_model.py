@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -233,12 +234,13 @@ class Twins(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
+@pytest.mark.timeout(120)
 def test_cache_against_a_plain_model() -> None:
     """After any order of lookups, leases, drops and tuning, the cache holds what it may, and all that it must."""
     run_state_machine_as_test(
         Twins,
         settings=settings(
-            max_examples=80,
+            max_examples=50,
             stateful_step_count=30,
             deadline=None,
             database=None,

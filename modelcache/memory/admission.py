@@ -155,13 +155,13 @@ class Admission(Generic[T]):
                         losses = losses + 1 if lost else 0
                         self._wait(applicant, plan, shortage, losses=losses, rows=rows)
             if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
-                self._unloader.collect(urgent=True, wait=True)
+                self._unloader.collect(urgent=True)
                 self._garbage.give_back()
             if victims:
                 most *= 2
                 self._evictor.evict(victims, limits, shortage.reason)
                 if shortage.over_high > 0:
-                    self._unloader.collect(urgent=True, wait=True)
+                    self._unloader.collect(urgent=True)
 
     def _clear(self, token: object, plan: Plan, since: float, *, nested: bool) -> bool:
         """Whether nobody is to be left alone: neither another load that is measured, nor, by others, this one.

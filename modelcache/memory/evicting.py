@@ -74,6 +74,7 @@ class Evictor(Generic[T]):
         started, batch = time.monotonic(), list(victims)
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
+            booked, vain = self._residents.occupied(), self.futility.vain
         collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
         batch = [entry for entry in batch if entry.begun]  # the others were asked for meanwhile, and stay
         promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
@@ -82,8 +83,9 @@ class Evictor(Generic[T]):
         after = self._tier.limits()
         if before.reading is None or after.reading is None or not batch:
             return
+        judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
         missing = (before.reading.used - after.reading.used + explained) * _MISSED < seen
-        if missing and reason is Reason.WATERMARK and not collected:
+        if judged and missing and not collected and not vain:
             self._unloader.search()
             collected, after = True, self._tier.limits()
         if after.reading is None:
@@ -103,9 +105,9 @@ class Evictor(Generic[T]):
         pressure = None
         with self._guard:
             self._residents.lives.reclaimed(models, event)
-            if reason is Reason.WATERMARK and seen > 0:
+            if judged:
                 freed, now = event.freed, time.monotonic()
-                if self.futility.judge(seen, freed, explained, after.high, now):
+                if self.futility.judge(seen, freed, explained, after.reading.used, after.high, now):
                     pressure = self._pressure(after)
         self._teller.tell([event] if pressure is None else [event, pressure])
 

@@ -23,6 +23,7 @@ class Futility:
         self._row = 0
         self._promised = self._freed = self._explained = 0
         self._until = 0.0
+        self._used = 0  # bytes in use after the latest round that did not help
         self.promised = 0
         self.freed = 0
         self.episode = False
@@ -31,13 +32,19 @@ class Futility:
         """Whether evictions for the watermark rest now, as they did not help."""
         return self._row >= _ROW and now < self._until
 
-    def judge(self, promised: int, freed: int, explained: int, high: int, now: float) -> bool:
+    @property
+    def vain(self) -> bool:
+        """Whether the latest round did not help, so that looking for what it left is in vain too."""
+        return self._row > 0
+
+    def judge(self, promised: int, freed: int, explained: int, used: int, high: int, now: float) -> bool:
         """Weigh a batch; return whether this one begins an episode, which is to be told.
 
         Args:
             promised: bytes by which the gauge should fall: its footprints, but for mapped pages that were never used.
             freed: bytes that the gauge fell by.
             explained: bytes that loads under way may have taken meanwhile.
+            used: bytes in use now.
             high: the watermark.
             now: monotonic seconds.
         """
@@ -51,6 +58,7 @@ class Futility:
             self.over()
             return False
         self._row += 1
+        self._used = used
         self.promised += self._promised
         self.freed += self._freed
         self._promised = self._freed = self._explained = 0
@@ -61,8 +69,20 @@ class Futility:
         begins, self.episode = not self.episode, True
         return begins
 
+    def look(self, used: int, low: int) -> None:
+        """Forget where memory has come back after all.
+
+        Memory that is merely below the watermark says nothing: newcomers are made room for from there.
+
+        Args:
+            used: bytes in use now, less than the watermark.
+            low: bytes at which there is room in plenty.
+        """
+        if used <= low or (self._used - used) * 2 >= self.promised:
+            self.over()
+
     def over(self) -> None:
-        """Forget: a batch helped, or memory in use is below the watermark again."""
+        """Forget: a batch helped, or memory came back."""
         self._row = 0
         self._times = 1
         self._promised = self._freed = self._explained = 0

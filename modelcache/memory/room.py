@@ -87,7 +87,7 @@ class Room(Generic[T]):
                 shortage = self._choosing.present(limits, reserved=not outside, floor=floor)
                 if shortage.fits and limits.reading is not None and not residents.reserved:
                     residents.deficit = 0
-                    self._evictor.futility.over()
+                    self._evictor.futility.look(limits.reading.used, limits.low)
                 stopped = shortage.over_high > 0 and self._evictor.stopped()
                 if shortage.met or stopped:
                     if stopped or self._settled(shortage):

@@ -154,18 +154,17 @@ class Unloader(Generic[T]):
             error=problem,
         )
 
-    def collect(self, *, urgent: bool, wait: bool = False) -> bool:
+    def collect(self, *, urgent: bool) -> bool:
         """Collect cycles where a model that was unloaded lives on; return whether that was done.
 
         A model may also be gone but for cycles inside it, which is not seen of it.
 
         Args:
             urgent: a load waits for its memory; else one that would come too soon is left to the monitor.
-            wait: wait for its turn.
         """
         with self._guard:
             hopeful = self._residents.lingering.hopeful()
-        return (hopeful or (urgent and self._unchecked)) and self._collect(urgent=urgent, wait=wait)
+        return (hopeful or (urgent and self._unchecked)) and self._collect(urgent=urgent, wait=False)
 
     def search(self) -> None:
         """Collect cycles and give heap back, as less came back than models promised."""

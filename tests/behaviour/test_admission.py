@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from modelcache import Evicted, LoadFailed, NoRoom, Reason, TooLarge
+from modelcache import Evicted, LoadFailed, NoRoom, Pressure, Reason, TooLarge
 from modelcache.disk import figures
 from modelcache.disk.figures import Figures
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
@@ -325,3 +325,13 @@ def test_part_that_is_refused_is_not_tried_again(make_cache: MakeCache, part: in
         sized.cache.get("whole")
     assert tries == ["held", "whole"]
     assert "a" in sized.book.alive
+
+
+def test_what_the_gauge_does_not_see_is_no_pressure(make_cache: MakeCache) -> None:
+    """Evictions for what is tracked need not move the gauge: they are not taken to be in vain."""
+    sized = Sized(make_cache, dict.fromkeys("abcdefgh", 250), memory={"gauge": FakeGauge(0), "low": 1})
+    told: list[Any] = []
+    sized.cache.on(Pressure, told.append)
+    sized.get(*"abcdefgh", *"abcdefgh")
+    assert told == []
+    assert not sized.cache.stats().pressed

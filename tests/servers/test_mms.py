@@ -123,11 +123,13 @@ def test_under_load(server: mms.Server) -> None:
     eventually(lambda: server.log("model_log").count(" - loaded 'team/") == hits.count(0))
     assert 0.15 < sum(hits) / len(hits) < 0.9
     told = server.log("model_log")
-    figures = rf"used \S+ MiB \+ \S+ MiB for 'team/m\d+' > {high / MIB:.1f} MiB"
-    evicted = re.findall(rf"evicted 'team/m\d+' 8\.\d MiB \(memory\): watermark: {figures}", told)
-    assert len(evicted) > 20
-    assert len(evicted) + told.count("(memory): max_models: used 1 + 1 for") == told.count(" - evicted 'team/")
-    assert most_used(server) <= high
+    newcomer = r"( \+ \S+( MiB)? for 'team/m\d+')?"
+    few = rf"max_models: used \d{newcomer} > 1"
+    full = rf"watermark: used \S+ MiB{newcomer} > {high / MIB:.1f} MiB"
+    assert len(re.findall(rf"evicted 'team/m\d+' \S+ MiB \(memory\): {full}", told)) > 20
+    lines = [line for line in told.splitlines() if " - evicted " in line]
+    assert all(re.search(rf"'team/m\d+' \S+ MiB \(memory\): ({few}|{full})$", line) for line in lines), lines
+    assert most_used(server) < high + SIZE  # what is not a model may have grown since the last look
 
 
 def all_hits(server: mms.Server, count: int) -> list[int]:
@@ -174,16 +176,17 @@ def test_model_named_in_the_body(server: mms.Server) -> None:
 
 def test_f103_unregistering_gives_all_back(server: mms.Server, bucket: Bucket) -> None:
     """Once a model of MMS's is unregistered, its processes are gone, the others stay, and the disk tier is whole."""
+    first = server.processes()
     server.register("second", initial_workers=1)
-    assert server.predict(MODELS[1], 5, router="second") == answer(1, 5)
-    assert server.predict(MODELS[2], 5) == answer(2, 5)
-    kept = server.processes()
+    second = [process for process in server.processes() if process not in first]
+    assert (len(first), len(second)) == (3, 2)
+    assert server.predict(MODELS[1], 5) == answer(1, 5)
     assert server.request("DELETE", "/models/router")[0] == 200
-    eventually(lambda: len(server.processes()) == 2)  # the second one's server and worker
-    assert {process.pid for process in server.processes()} < {process.pid for process in kept}
+    eventually(lambda: not any(map(mms.runs, first)))
     assert server.predict(MODELS[2], 5, router="second") == answer(2, 5)
+    assert all(map(mms.runs, second))
     assert server.request("DELETE", "/models/second")[0] == 200
-    eventually(lambda: not server.processes())
+    eventually(lambda: not any(map(mms.runs, second)))
     assert not list((server.disk / "tmp").iterdir())
     assert on_disk(server, bucket) == [MODELS[1], MODELS[2]]
 
@@ -199,7 +202,7 @@ def test_f104_model_that_ends_its_worker(server: mms.Server, bucket: Bucket, mod
         assert (status, reply["message"]) == (500, "Worker died.")
         assert server.predict(MODELS[3], 5) == answer(3, 5)
         eventually(lambda: len(server.workers()) == 2)  # after MMS's first pause, of one second
-    assert not before & server.workers()
+    assert before - server.workers()
     assert "Retry worker" in server.log("mms_log")
     for number in (0, 1, 2, 3):
         assert server.predict(MODELS[number], 5) == answer(number, 5)

@@ -42,6 +42,14 @@ def missing() -> tuple[str, ...]:
     )
 
 
+def runs(process: psutil.Process) -> bool:
+    """Return whether a process has not ended. Hold on to it: a worker whose server was killed is nobody's child."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # what has ended, and nobody has asked how
+    except psutil.NoSuchProcess:
+        return False
+
+
 @attrs.frozen
 class Server:
     """MMS, running.
@@ -90,7 +98,7 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """Return the Python processes that run: for each model of MMS's its server, and its forked workers."""
-        return [process for process in self.java.children(recursive=True) if _runs(process)]
+        return [process for process in self.java.children(recursive=True) if runs(process)]
 
     def workers(self) -> set[int]:
         """Return the process ids of the workers that run: those whose parent is not Java."""
@@ -112,7 +120,7 @@ class Server:
         """Ask all processes to end, as systemd does, and wait until they have; Java alone would leave some behind."""
         family = [self.java, *self.processes()]
         os.killpg(os.getpgid(self.java.pid), signal.SIGTERM)
-        eventually(lambda: not any(map(_runs, family)))
+        eventually(lambda: not any(map(runs, family)))
 
 
 @contextlib.contextmanager
@@ -156,17 +164,10 @@ def mms(environment: Mapping[str, str]) -> Iterator[Server]:
             server = Server(front, port, folder, folder / "disk")
             wait_until(lambda: _answers(server), process, log, seconds=30)
             yield server
-            if _runs(front):
+            if runs(front):
                 server.stop()
             left = [str(path) for path in (server.disk / "tmp").glob("*")]
             assert not left, f"left under tmp/: {left}"
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE  # what has ended, and nobody has asked how
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _free_port() -> int:

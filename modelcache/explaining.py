@@ -1,12 +1,14 @@
 """``explain()``: one paragraph about one model, in plain words, with the figures that decided."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from modelcache.events import Evicted, Reason
+from modelcache.events import Event, Evicted, Failed, Fetched, Loaded, Reason, Unloaded
+from modelcache.flights import Flight
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import Entry
+from modelcache.memory.footprints import Known
 from modelcache.memory.lives import Life
 from modelcache.memory.tier import Limits
 from modelcache.units import format_bytes
@@ -16,135 +18,254 @@ _SETTING = {
     Reason.MEMORY_BUDGET: "memory.budget",
     Reason.MAX_MODELS: "memory.max_models",
     Reason.DISK_BUDGET: "disk.budget",
-    Reason.MIN_FREE: "disk.min_free",
 }
+_DOING = {
+    "queued": "waits for a thread to bring it in",
+    "fetching": "is being fetched",
+    "waiting for room": "waits for room",
+    "waiting for a measurement": "waits to be loaded alone, so that it can be measured",
+    "loading": "is being loaded",
+    "done": "has just been brought in",
+}
+_LEFT = {
+    Reason.UNLOAD: "was unloaded by unload()",
+    Reason.DELETE: "was deleted by delete()",
+    Reason.REPLACED: "was replaced by a new version",
+    Reason.CLOSE: "was unloaded as the cache was closed",
+}
+_MOST = 5  # holders that are named
 
 
 def explain(parts: Machinery[Any], model: str) -> str:
     """Return the paragraph; looking is no use of a model."""
     parts.settle()
     limits = parts.memory.limits()
+    recent = [event for event in list(parts.teller.recent) if event.model == model]
     with parts.guard:
         parts.residents.drain()
-        entries = [entry for entry in [*parts.residents.entries(), *parts.residents.leaving] if entry.model == model]
-        sentences = [*_whereabouts(parts, model, entries)]
-        for entry in entries:
-            sentences += _in_memory(entry)
-        sentences += _footprint(parts, model)
-        life = parts.residents.lives.of(model)
-        if life is not None:
-            sentences += _past(life)
-        count, age = parts.residents.lingering.of(model)
-        if count:
-            sentences.append(
-                f"{count} earlier {'load' if count == 1 else 'loads'} of it linger: unloaded {age:.1f} s ago, but "
-                "somebody still references the object, so that its memory does not come back"
-            )
-        failure = parts.flights.failure(model)
-    if failure is not None:
-        sentences.append(f"Its last fetch or load failed, which is remembered for a while: {failure}")
-    sentences += _limits(parts, limits)
+        sentences = [
+            *_whereabouts(parts, model),
+            *_past(parts, model, recent),
+            *_lingering(parts, model),
+            *_failure(parts, model, recent),
+            *_state(parts, limits),
+        ]
     return " ".join(sentence if sentence.endswith(".") else f"{sentence}." for sentence in sentences)
 
 
-def _whereabouts(parts: Machinery[Any], model: str, entries: list[Entry[Any]]) -> Iterator[str]:
-    item = parts.shelf.index.present().get(model)
+def _whereabouts(parts: Machinery[Any], model: str) -> Iterator[str]:
+    """Tell which tiers it is in, what is done with it, who holds it."""
+    residents = parts.residents
+    entries = [entry for entry in [*residents.entries(), *residents.leaving] if entry.model == model]
+    old = [entry for entry in entries if Reason.REPLACED in {entry.doomed, entry.reason}]
+    present = [entry for entry in entries if entry not in old]
+    item, flight = parts.shelf.index.present().get(model), parts.flights.active.get(model)
+    known = residents.footprints.known(model)
     disk = "" if item is None else f"on disk ({format_bytes(item.bytes)})"
-    flight = parts.flights.active.get(model)
-    if entries:
-        yield f"{model!a} is in memory" + (f", and {disk}" if disk else "")
+    if present:
+        yield f"{model!a} is in memory" + (f" and {disk}" if disk else "")
     elif disk:
         yield f"{model!a} is {disk}, not in memory"
     else:
         yield f"{model!a} is neither in memory nor on disk"
     if flight is not None:
-        waiters = len(flight.waiters)
-        yield f"It is {flight.state} now, and {waiters} {'lookup waits' if waiters == 1 else 'lookups wait'} for it"
-        if flight.refusal is not None:
-            yield f"In its way: {flight.refusal}"
+        yield from _under_way(parts, flight, beside=bool(entries))
+    for entry in present:
+        yield from _in_memory(entry, known)
+        yield from _holders(entry, "It")
+    if not present and known is not None:
+        yield f"In memory it would take {_footprint(known.in_use, known)}"
+    for entry in old:
+        yield f"An older version is still in memory ({format_bytes(entry.bytes)})"
+        yield from _holders(entry, "That version")
+    if present and item is not None and present[0].version not in {None, item.published.record.version}:
+        yield "What is on disk is another version, which has not been loaded"
 
 
-def _in_memory(entry: Entry[Any]) -> Iterator[str]:
-    ago = max(time.time() - entry.used, 0)
-    size = format_bytes(entry.bytes)
-    yield f"It takes {size}, loaded in {entry.cost:.3f} s, was found {entry.hits} times, last used {ago:.1f} s ago"
-    ages = entry.ages()
-    if ages:
-        names = sorted({str(getattr(holder, "name", "?")) for holder in list(entry.holds.values())})
-        many = "1 lease holds it" if len(ages) == 1 else f"{len(ages)} leases hold it"
-        yield f"{many}, the oldest for {max(ages):.1f} s, taken by {', '.join(names)}"
-    if entry.retired:
-        yield "It is being unloaded"
-    elif entry.doomed is not None:
-        yield f"It leaves with its last lease ({entry.doomed})"
+def _under_way(parts: Machinery[Any], flight: Flight[Any], *, beside: bool) -> Iterator[str]:
+    """Tell what is done to bring it in."""
+    what = "A new version" if beside and flight.refresh else "It"
+    waiters = len(flight.waiters)
+    many = f", and {_count(waiters, 'lookup waits', 'lookups wait')} for it" if waiters else ""
+    plan = parts.residents.reserved.get(flight)
+    room = "" if plan is None else f", with {format_bytes(plan.peak)} reserved for it"
+    yield f"{what} {_DOING[flight.state]}{room}{many}"
+    if flight.refusal is not None:
+        yield f"In its way: {flight.refusal}"
+
+
+def _in_memory(entry: Entry[Any], known: Known | None) -> Iterator[str]:
+    found = f"{_count(entry.hits, 'lookup', 'lookups')} found it" if entry.hits else "no lookup has found it there yet"
+    yield (
+        f"It takes {_footprint(entry.bytes, known)}; its load took {_span(entry.cost)}, {found}, and it was last used "
+        f"{_ago(entry.used)}"
+    )
     if entry.inherited:
         yield "It was loaded before a fork, so that dropping it gives nothing back, and it goes last"
 
 
-def _footprint(parts: Machinery[Any], model: str) -> Iterator[str]:
-    known = parts.residents.footprints.known(model)
+def _holders(entry: Entry[Any], subject: str) -> Iterator[str]:
+    """Tell who holds one load of it, and whether it leaves."""
+    ages = entry.ages()
+    if ages:
+        oldest: dict[str, float] = {}
+        for hold, since in list(entry.seen.values()):
+            name = str(getattr(hold, "name", "?"))
+            oldest[name] = max(oldest.get(name, 0.0), time.monotonic() - since)
+        ranked = sorted(oldest.items(), key=lambda holder: -holder[1])
+        names = ", ".join(f"{name!a} ({_span(age)})" for name, age in ranked[:_MOST])
+        more = f" and {len(ranked) - _MOST} more" if len(ranked) > _MOST else ""
+        threads = "thread" if len(ranked) == 1 else "threads"
+        yield f"{_count(len(ages), 'lease holds', 'leases hold')} it, taken by {threads} {names}{more}"
+    if entry.retired:
+        yield f"{subject} is being unloaded now"
+    elif entry.doomed is Reason.REPLACED:
+        yield f"{subject} leaves with its last lease"
+    elif entry.doomed is not None:
+        why = {Reason.CLOSE: "the cache was closed"}.get(entry.doomed, f"{entry.doomed}() was called")
+        yield f"{subject} leaves with its last lease, since {why}"
+
+
+def _footprint(size: int, known: Known | None) -> str:
+    """Return a footprint, and where the figure comes from."""
+    text = format_bytes(size)
     if known is None:
-        return
-    source = "the word of size_of" if known.given else "what its artifact suggests"
+        return text
     if known.resident is not None:
-        peak = f" (peak {format_bytes(known.peak)})" if known.peak is not None else ""
-        yield f"Its footprint is measured: {format_bytes(known.resident)}{peak}"
-    elif known.doubtful is not None:
-        yield (
-            f"Its footprint is {source}, {format_bytes(known.estimate)}; a measurement of "
-            f"{format_bytes(known.doubtful)} is not trusted, as other models were loaded meanwhile"
-        )
-    else:
-        yield f"Its footprint is {source}, {format_bytes(known.estimate)}: growth was too small to be measured"
+        peak = known.peak or 0
+        return f"{text}, as measured" + (f", and {format_bytes(peak)} while it loads" if peak > size else "")
+    if known.given:
+        return f"{text}, by the word of size_of"
+    text = f"{text}, guessed from its artifact"
+    if known.doubtful is not None:
+        seen = format_bytes(known.doubtful)
+        return f"{text} (the {seen} that were measured are not trusted, as other models were loaded meanwhile)"
+    return f"{text} (too little to be measured)" if known.weighed else text
 
 
-def _past(life: Life) -> Iterator[str]:
-    event = life.evicted
-    if event is not None:
-        yield from _eviction(event)
-        back = life.reclaimed
-        if back is not None:
-            yield (
-                f"{'That' if back.models == 1 else f'The batch of {back.models} models'} promised "
-                f"{format_bytes(back.promised)}, and "
-                + (f"{format_bytes(back.freed)} came back" if back.freed > 0 else "nothing came back")
-            )
-    if life.left is not None and not life.left.was_eviction:
-        yield f"It left memory last by {life.left}"
-    if life.reloads:
+def _past(parts: Machinery[Any], model: str, recent: list[Event]) -> Iterator[str]:
+    """Tell how it left each tier, and what that has cost."""
+    life, gone = parts.residents.lives.of(model), _last(recent, (Evicted, Fetched), tier="disk")
+    if not isinstance(gone, Evicted) or model in parts.shelf.index.present():
+        gone = None
+    evicted = life.evicted if life is not None else None
+    both = gone is not None and evicted is not None and _figures(gone) == _figures(evicted)
+    if life is not None and evicted is not None:
+        yield f"It was evicted from memory{' and from disk' if both else ''} {_eviction(evicted)}"
+        yield from _came_back(life)
+    yield from _left(life, recent)
+    if life is not None and life.reloads:
         many = "once" if life.reloads == 1 else f"{life.reloads} times"
-        yield f"It was loaded again {many} after evictions, which cost its callers {life.seconds:.1f} s"
-    elif life.due:
-        yield "Nobody has asked for it since"
+        yield f"It was loaded again {many} after evictions, which took {_span(life.seconds)} in all"
+    elif life is not None and life.due:
+        yield "It has not been loaded again since"
+    if gone is not None and not both:
+        yield f"Its artifact was evicted from disk {_eviction(gone)}"
 
 
-def _eviction(event: Evicted) -> Iterator[str]:
-    ago = max(time.time() - event.time, 0)
-    whom = f" to make room for {event.for_model!a}" if event.for_model else ""
+def _figures(event: Evicted) -> tuple[object, ...]:
+    """Return what decided an eviction."""
+    return event.reason, event.for_model, event.used, event.need, event.high
+
+
+def _came_back(life: Life) -> Iterator[str]:
+    back = life.reclaimed
+    if back is None:
+        return
+    what = "That" if back.models == 1 else f"That batch of {back.models} models"
+    freed = format_bytes(back.freed) if (back.freed or 0) > 0 else "nothing"
+    yield f"{what} promised {format_bytes(back.promised or 0)}, and {freed} came back"
+
+
+def _left(life: Life | None, recent: list[Event]) -> Iterator[str]:
+    """Tell why it left memory last, where that was no eviction."""
+    event = _last(recent, (Unloaded,))
+    reason = event.reason if event is not None else life.left if life is not None else None
+    if reason in _LEFT:
+        yield f"It {_LEFT[reason]}" + (f" {_ago(event.time)}" if event is not None else "")
+
+
+def _eviction(event: Evicted) -> str:
+    """Return when, for whom and why, to be put after "evicted"."""
+    text = _ago(event.time)
+    if event.for_model:
+        text += " to make room for " + ("its new version" if event.for_model == event.model else f"{event.for_model!a}")
     if event.reason is Reason.IDLE:
-        yield f"It was evicted {ago:.1f} s ago, since nobody had used it for memory.idle_after seconds"
-        return
+        return f"{text}, since nobody had used it for memory.idle_after seconds"
     if event.reason is Reason.MEMORY_ERROR:
-        yield f"It was evicted {ago:.1f} s ago{whom}, whose load had run out of memory"
-        return
+        return f"{text}, whose load had run out of memory"
     show = str if event.reason is Reason.MAX_MODELS else format_bytes
     used, need, high = event.used or 0, event.need or 0, event.high or 0
-    setting = _SETTING.get(event.reason or Reason.WATERMARK, "a limit")
     needed = f" and {show(need)} needed" if need else ""
-    yield (
-        f"It was evicted {ago:.1f} s ago{whom}: with {show(used)} in use{needed}, "
-        f"{show(used + need)} would have passed {setting} = {show(high)}"
-    )
+    if event.reason is Reason.MIN_FREE:
+        left = format_bytes((event.limit or 0) - high)
+        return f"{text}: with {show(used)} in use{needed}, less than disk.min_free = {left} would have been left"
+    setting = f"{_SETTING.get(event.reason or Reason.WATERMARK, 'a limit')} = {show(high)}"
+    if not need:
+        return f"{text}: the {show(used)} in use were above {setting}"
+    return f"{text}: with {show(used)} in use{needed}, {show(used + need)} would have passed {setting}"
 
 
-def _limits(parts: Machinery[Any], limits: Limits) -> Iterator[str]:
-    if limits.reading is None:
+def _lingering(parts: Machinery[Any], model: str) -> Iterator[str]:
+    count, age = parts.residents.lingering.of(model)
+    why = "somebody still references the object, so that its memory does not come back"
+    if count == 1:
+        yield f"A load of it that was unloaded {_span(age)} ago lingers: {why}"
+    elif count:
+        yield f"{count} loads of it that were unloaded up to {_span(age)} ago linger: {why}"
+
+
+def _failure(parts: Machinery[Any], model: str, recent: list[Event]) -> Iterator[str]:
+    """Tell what went wrong last, where nothing has gone well since."""
+    failure = parts.flights.failure(model)
+    event = _last(recent, (Failed, Loaded, Fetched))
+    when = f" {_ago(event.time)}" if isinstance(event, Failed) else ""
+    if failure is not None:
+        yield f"Its last fetch or load failed{when}, and lookups get that error until it is tried again: {failure}"
+    elif isinstance(event, Failed):
+        what = "The last try to bring in a new version" if event.reason is Reason.REFRESH else "Its last fetch or load"
+        yield f"{what} failed{when}: {event.message}"
+
+
+def _state(parts: Machinery[Any], limits: Limits) -> Iterator[str]:
+    """Tell how the memory tier is."""
+    reading, source = limits.reading, parts.memory.limit_source
+    if reading is None:
         yield "Memory in use can't be read now, so that no watermark holds"
-        return
-    reading = limits.reading
-    source = parts.memory.limit_source
-    where = f" (set by {source})" if source else ""
-    yield (
-        f"Memory: {format_bytes(reading.used)} in use, high {format_bytes(limits.high)}, "
-        f"low {format_bytes(limits.low)}, limit {format_bytes(reading.limit)}{where}"
+    else:
+        where = f" (set by {source})" if source else ""
+        yield (
+            f"Memory: {format_bytes(reading.used)} in use, high {format_bytes(limits.high)}, "
+            f"low {format_bytes(limits.low)}, limit {format_bytes(reading.limit)}{where}"
+        )
+    if parts.evictor.stopped():
+        yield "Evictions rest, since they did not bring memory back"
+    if parts.residents.thrash.active:
+        yield "More time goes into loading again what was evicted than into serving"
+    if parts.closed:
+        yield "The cache is closed"
+
+
+def _last(recent: list[Event], kinds: tuple[type[Event], ...], tier: str | None = None) -> Event | None:
+    """Return the latest event of some kinds."""
+    fitting: Iterable[Event] = (
+        event for event in reversed(recent) if isinstance(event, kinds) and tier in {None, event.tier}
     )
+    return next(iter(fitting), None)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _ago(moment: float) -> str:
+    return f"{_span(time.time() - moment)} ago"
+
+
+def _span(seconds: float) -> str:
+    """Return a time for people; a clock that went back reads as 0."""
+    seconds = max(seconds, 0.0)
+    for most, unit, size in ((1, "ms", 0.001), (120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < most:
+            return f"{seconds / size:.1f} {unit}" if unit in {"s", "h"} else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"

@@ -22,10 +22,11 @@ from modelcache.flights import Cancelled, Flight, Flights
 from modelcache.guard import Guard
 from modelcache.memory.residents import Residents
 from modelcache.sources.base import Artifact, Source
-from modelcache.telling import Teller
+from modelcache.telling import Teller, text_of
 
 T = TypeVar("T")
 
+_TICK = 0.001  # seconds between two versions at least
 _RESTARTS = 3  # fetches of one artifact that changes all the time, before that is an error
 
 
@@ -78,12 +79,14 @@ class Trip(Generic[T]):
         return self._flight.threads()
 
     def check(self) -> None:
-        """Raise Cancelled where the flight was told to stop, or nobody waits for it any more; the guard is held.
+        """Raise where the flight was told to stop, or nobody waits for it any more; the guard is held.
 
         Who joins it between this and its end starts another one, rather than get an error that was not his.
         """
         check_cancelled(self._flight)
         if not self._flight.wanted():
+            if self._flight.refresh and self._flight.refusal is not None:  # or nobody would hear why the old one stays
+                raise self._flight.refusal.fresh()
             raise Cancelled(f"nobody waits for {self._flight.model!a} any more", model=self._flight.model)
 
     def hopeless(self) -> bool:
@@ -136,8 +139,8 @@ class Fetcher(Generic[T]):
         try:
             found = self._from_source(flight, held)
         except BaseException as error:
-            if held is not None and isinstance(error, ModelCacheError) and flight.waiters:
-                flight.stale = error  # who waits for the model wants it; only who asked for a new version hears of this
+            if held is not None and isinstance(error, Exception) and flight.to_memory:
+                flight.stale = _stale(flight.model, error)  # only who asked for a new version hears of it
                 return held
             if held is not None:
                 self.shelf.release(held)
@@ -152,11 +155,15 @@ class Fetcher(Generic[T]):
         while True:
             artifact = self.source.find(flight.model)
             if artifact.path is not None:
+                if held is not None:  # it was an archive before
+                    self.shelf.release(held)
+                    self.shelf.delete(flight.model)
                 return InPlace(artifact.path, artifact.size, artifact.version)
             if held is not None and artifact.version == held.version:
                 return held
             try:
-                fresh = self._fetch(flight, artifact, least)
+                fresh = self._from_others(flight, artifact.version)
+                fresh = fresh or self._fetch(flight, artifact, least, 0 if held is None else held.item.bytes)
             except ArtifactChanged:
                 restarts += 1
                 if restarts >= _RESTARTS:
@@ -170,10 +177,18 @@ class Fetcher(Generic[T]):
                     self.shelf.release(held)
                 return fresh
 
-    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int) -> Held:
+    def _from_others(self, flight: Flight[T], version: str) -> Held | None:
+        """Return a new version that another process has fetched meanwhile; None where none has."""
+        found = self.shelf.newest(flight.model) if flight.refresh else None
+        if found is None or found.version == version:
+            return found
+        self.shelf.release(found)
+        return None
+
+    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int, beside: int) -> Held:
         started = time.monotonic()
         trip = Trip(flight, self.flights, self.residents)
-        staging = self.shelf.stage(trip, artifact.size, least)
+        staging = self.shelf.stage(trip, artifact.size, least, beside)
         flight.state = "fetching"
         try:
             path = fetch(
@@ -190,7 +205,7 @@ class Fetcher(Generic[T]):
                 version=artifact.version,
                 single=None if path.is_dir() else path.name,
                 size=_apparent(path),
-                fetched=time.time(),
+                fetched=self._stamp(flight.model),
                 fetch_seconds=time.monotonic() - started,
             )
             held = self.shelf.publish(staging, record)
@@ -208,7 +223,7 @@ class Fetcher(Generic[T]):
             self.counters.fetched_bytes += artifact.size
         event = Fetched(
             seq=self.teller.number(),
-            time=record.fetched,
+            time=time.time(),
             model=flight.model,
             tier="disk",
             reason=flight.reason,
@@ -219,6 +234,12 @@ class Fetcher(Generic[T]):
         self.teller.tell([event])
         return held
 
+    def _stamp(self, model: str) -> float:
+        """Return the time of a fetch in seconds since the epoch: after the version before, whatever the clock says."""
+        with self.guard:
+            before = self.shelf.index.models.get(model)
+        return max(time.time(), before.published.record.fetched + _TICK if before is not None else 0.0)
+
 
 def check_cancelled(flight: Flight[Any]) -> None:
     """Stop a flight that was told to.
@@ -228,6 +249,17 @@ def check_cancelled(flight: Flight[Any]) -> None:
     """
     if flight.cancelled:
         raise Cancelled(f"the fetch of {flight.model!a} was told to stop", model=flight.model)
+
+
+def _stale(model: str, error: Exception) -> ModelCacheError:
+    """Return why the source could not be asked, without what its frames keep alive."""
+    if isinstance(error, ModelCacheError):
+        return error.fresh()
+    told = LoadFailed(
+        f"a new version of {model!a} could not be fetched: {type(error).__name__}: {text_of(error)}", model=model
+    )
+    told.__cause__ = error
+    return told
 
 
 def _apparent(path: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from modelcache.disk.index import Item
 from modelcache.errors import ModelCacheError
+from modelcache.flights import Flight
 from modelcache.memory.entries import Entry
 
 
@@ -33,6 +34,11 @@ class Refreshing:
         """Hear, in a child, that it will not end here."""
 
 
+def only_refreshes(flight: Flight[Any]) -> bool:
+    """Whether a flight is a refresh that nobody has joined for the model itself; the guard is held."""
+    return flight.refresh and not flight.waiters and all(isinstance(each, Refreshing) for each in flight.watchers)
+
+
 class Freshness(Refreshing):
     """When each model in use was last asked for at the source; the cache's guard is held for each call.
 
@@ -42,33 +48,41 @@ class Freshness(Refreshing):
 
     def __init__(self, after: float | None) -> None:
         super().__init__()
-        self._after = after
+        self.after = after
         self._asked: dict[str, float] = {}
         self._looked = time.monotonic()
 
-    def due(self, entries: Iterable[Entry[Any]], present: Mapping[str, Item]) -> list[str]:
+    def due(self, resident: Mapping[str, Entry[Any]], present: Mapping[str, Item]) -> list[str]:
         """Return the models that were used since the last look and whose time has come; they count as asked for.
 
         A model that was fetched by an earlier process counts from its fetch.
 
         Args:
-            entries: what is in memory.
+            resident: what is in memory.
             present: what is on disk.
         """
-        if self._after is None:
+        if self.after is None:
             return []
         now, wall = time.monotonic(), time.time()
         looked, self._looked = self._looked, now
         due = []
-        for entry in entries:
+        for model, entry in resident.items():
             if entry.tick < looked:
                 continue
-            asked = self._asked.get(entry.model)
+            asked = self._asked.get(model)
             if asked is None:
-                item = present.get(entry.model)
+                item = present.get(model)
                 age = 0.0 if item is None else max(wall - item.published.record.fetched, 0.0)
-                asked = self._asked[entry.model] = now - age
-            if now - asked >= self._after:
-                self._asked[entry.model] = now
-                due.append(entry.model)
+                asked = self._asked[model] = now - age
+            if now - asked >= self.after:
+                self._asked[model] = now
+                due.append(model)
+        if len(self._asked) > len(resident) + len(present):  # some are in no tier any more
+            self._asked = {model: at for model, at in self._asked.items() if model in resident or model in present}
         return due
+
+    def weary(self, flights: Iterable[Flight[Any]]) -> None:
+        """Stop waiting for flights that wait for room: they are in the way of lookups, and nobody is in a hurry."""
+        for flight in flights:
+            if flight.state == "waiting for room":
+                flight.watchers.discard(self)

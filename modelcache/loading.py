@@ -16,6 +16,7 @@ from modelcache.errors import CacheClosed, LoadFailed, ModelCacheError, NoRoom, 
 from modelcache.events import Failed, Loaded, Reason
 from modelcache.fetching import Fetcher, InPlace, Trip, check_cancelled
 from modelcache.flights import Cancelled, Flight, Flights, announce, clear_frames, current
+from modelcache.freshness import only_refreshes
 from modelcache.guard import Guard
 from modelcache.history import History
 from modelcache.memory.admission import Admission
@@ -136,8 +137,9 @@ class Loader(Generic[T]):
         found = self.fetcher.find(flight)
         try:
             with self.guard:
-                if flight.refresh and self._outdated(flight.model, found):
-                    flight.to_memory = True
+                if flight.refresh:
+                    self.residents.outdate(flight.model, found.version)
+                    flight.to_memory = flight.to_memory or self._outdated(flight.model, found)
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:
@@ -183,6 +185,8 @@ class Loader(Generic[T]):
             self.flights.land(flight, entry)
             if self.closed():
                 self.residents.condemn(entry, Reason.CLOSE)
+            elif flight.cancelled and only_refreshes(flight):  # it was unloaded or deleted meanwhile
+                self.residents.condemn(entry, Reason.UNLOAD)
         return entry, limits
 
     def _book(self, flight: Flight[T], entry: Entry[T], limits: Limits, grown: int) -> None:
@@ -213,7 +217,7 @@ class Loader(Generic[T]):
                 other
                 for other in self.residents.entries()
                 if other.model == entry.model
-                and other.doomed in {Reason.CLOSE, Reason.REPLACED}
+                and other.doomed in {Reason.CLOSE, Reason.REPLACED, Reason.UNLOAD}
                 and self.residents.retire(other, other.doomed)
             ]
         self.unloader.carry_out(late)

@@ -46,7 +46,8 @@ class Lookup(Generic[T]):
                 self._disembark(model, lease)
                 if lease.held is not None:
                     break
-                if not arrived or not isinstance(flight.error, Cancelled):
+                failed_refresh = flight.refresh and flight.error is not None  # which is only its asker's business
+                if not arrived or not (failed_refresh or isinstance(flight.error, Cancelled)):
                     raise flight.outcome(timeout)  # noqa: TRY301 - what is caught here cleans up after it
             entry = lease.held
             assert entry is not None  # noqa: S101 - boarding or landing held it

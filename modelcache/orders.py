@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from modelcache.errors import CacheClosed
+from modelcache.errors import CacheClosed, ModelCacheError, Timeout
 from modelcache.events import Reason
-from modelcache.flights import Cancelled
-from modelcache.freshness import Refreshing
+from modelcache.flights import Cancelled, Flight
+from modelcache.freshness import Refreshing, only_refreshes
 from modelcache.identity import me
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import DEFAULT
@@ -94,56 +94,105 @@ class Orders:
         timeout = self._timeout if timeout is DEFAULT else parse_timeout(timeout)
         parts.enter(f"refresh({model!a})")
         deadline = None if timeout is None else time.monotonic() + timeout
+        watcher, renewed = Refreshing(me()), False
         while True:
-            with parts.guard:
-                if parts.closed:
-                    raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
-                if model not in parts.residents.resident and model not in parts.shelf.index.present():
-                    return False
-                flight, new = parts.flights.start(
-                    model, Reason.REFRESH, to_memory=False, parent=parts.flights.running()
-                )
-                flight.refresh = mine = new or flight.refresh
-                watcher = Refreshing(me())
-                flight.watchers.add(watcher)
+            flight, new, mine = self._board(model, watcher)
+            if flight is None:
+                break
             try:
                 parts.start(flight, new=new)
-                arrived = flight.done.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
+                end = flight.done if parts.flights.running() is None else flight.landing
+                arrived = end.wait(None if deadline is None else max(deadline - time.monotonic(), 0))
             finally:
-                with parts.guard:
-                    flight.watchers.discard(watcher)
-                    parts.guard.notify()
-            if not arrived or (mine and flight.error is not None and not isinstance(flight.error, Cancelled)):
-                parts.pass_on()
-                raise flight.outcome(timeout)
-            if mine and flight.error is None:
-                parts.pass_on()
-                if flight.stale is not None:
-                    raise flight.stale.fresh()
-                return flight.renewed
+                self._disembark(flight, watcher)
+            renewed = renewed or flight.renewed
+            error = flight.error or flight.stale
+            if arrived and (not mine or isinstance(error, Cancelled)):
+                continue
+            parts.pass_on()
+            if not arrived:
+                raise _late(flight, timeout)
+            if error is not None:
+                raise error.fresh()
+            return renewed
+        parts.pass_on()
+        return renewed
+
+    def _board(self, model: str, watcher: Refreshing) -> tuple[Flight[Any] | None, bool, bool]:
+        """Wait for a model's flight, a new one where there is none; None for a model that is in no tier.
+
+        Returns:
+            The flight; whether it is new; whether it will ask the source only from now on.
+        """
+        parts = self._parts
+        with parts.guard:
+            if parts.closed:
+                raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
+            if model not in parts.residents.resident and model not in parts.shelf.index.present():
+                return None, False, False
+            asker = parts.flights.running()
+            flight, new = parts.flights.start(model, Reason.REFRESH, to_memory=False, parent=asker)
+            circle = parts.flights.circle(flight, asker) if asker is not None else None
+            if circle is not None:
+                raise circle
+            flight.refresh = flight.refresh or new
+            flight.watchers.add(watcher)
+            if asker is not None:
+                asker.blocked_on.add(flight)
+            return flight, new, flight.refresh and flight.state == "queued"
+
+    def _disembark(self, flight: Flight[Any], watcher: Refreshing) -> None:
+        """Stop waiting for a flight, whatever happened."""
+        with self._parts.guard:
+            flight.watchers.discard(watcher)
+            asker = self._parts.flights.running()
+            if asker is not None:
+                asker.blocked_on.discard(flight)
+            self._parts.guard.notify()
 
     def drop(self, model: str, reason: Reason) -> bool:
         """Unload a model, and delete its artifact where ``reason`` is DELETE; return whether all of it is gone."""
-        self._parts.enter(f"{reason}({model!a})")
-        with self._parts.guard:
-            self._parts.residents.drain()
+        parts, residents = self._parts, self._parts.residents
+        parts.enter(f"{reason}({model!a})")
+        with parts.guard:
+            residents.drain()
             if reason is Reason.DELETE:
-                self._parts.flights.forgive(model)
-            entries = [entry for entry in self._parts.residents.entries() if entry.model == model]
-            leaving = any(other.model == model for other in self._parts.residents.leaving)
-            retired = [entry for entry in entries if self._parts.residents.doom(entry, reason)]
+                parts.flights.forgive(model)
+            flight = parts.flights.active.get(model)
+            if flight is not None and only_refreshes(flight):
+                flight.cancelled = True  # or it would bring the model back
+            entries = [entry for entry in residents.entries() if entry.model == model]
+            leaving = any(other.model == model for other in residents.leaving)
+            present = [entry for entry in entries if entry.doomed is not Reason.REPLACED]  # the others go by themselves
+            retired = [
+                entry for entry in entries if residents.doom(entry, reason if entry in present else Reason.REPLACED)
+            ]
             gone = not leaving and len(retired) == len(entries)
-        self._parts.unloader.carry_out(retired)
-        if reason is Reason.DELETE and not entries:
-            gone = self._parts.shelf.delete(model) and gone
-        if reason is Reason.DELETE and gone:
-            with self._parts.guard:
-                self._parts.residents.footprints.forget(model)
-                self._parts.residents.lives.forget(model)
-        self._parts.finish()
-        self._parts.pass_on()
-        return gone and not (reason is Reason.DELETE and self._on_disk(model))
+            held = any(entry not in retired for entry in present)
+        parts.unloader.carry_out(retired)
+        if reason is Reason.DELETE:
+            gone = (held or parts.shelf.delete(model)) and gone and not self._on_disk(model)
+            with parts.guard:
+                if gone or not present:
+                    residents.footprints.forget(model)
+                    residents.lives.forget(model)
+        parts.finish()
+        parts.pass_on()
+        return gone
 
     def _on_disk(self, model: str) -> bool:
         with self._parts.guard:
             return model in self._parts.shelf.index.present()
+
+
+def _late(flight: Flight[Any], timeout: float | None) -> ModelCacheError:
+    """Return the error for a caller whose time has ended."""
+    if flight.refusal is not None:
+        return flight.refusal.fresh()
+    return Timeout(
+        f"the refresh of {flight.model!a} was not over after {timeout} s: it is {flight.state}, which goes on, and the "
+        "old version is served meanwhile; ask again, or raise timeout=",
+        model=flight.model,
+        timeout=timeout,
+        state=flight.state,
+    )

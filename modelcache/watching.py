@@ -78,16 +78,19 @@ class Watch:
 
     def _revalidate(self) -> None:
         """Start to ask for new versions of the models in use whose time has come."""
-        parts = self._parts
+        parts, freshness = self._parts, self._parts.freshness
+        if freshness.after is None or parts.closed:
+            return
         with parts.guard:
-            resident, present = parts.residents.resident, parts.shelf.index.present
-            due = [] if parts.closed else parts.freshness.due(resident.values(), present())
+            freshness.weary(parts.flights.active.values())
+            parts.guard.notify()
+            due = freshness.due(parts.residents.resident, parts.shelf.index.present())
         for model in due:
             with parts.guard:
                 flight, new = parts.flights.start(model, Reason.REFRESH, to_memory=False)
                 if new:
                     flight.refresh = True
-                    flight.watchers.add(parts.freshness)
+                    flight.watchers.add(freshness)
             if new:
                 parts.give_to_worker(flight, urgent=False)
 

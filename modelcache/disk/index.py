@@ -87,6 +87,7 @@ class Staging:
         reserved: bytes set aside in the budget.
         charged: bytes of these that were written or are about to be.
         waiting: it can't go on before others give room.
+        beside: bytes of the version on disk that stays until this one is published.
     """
 
     wish: Wish
@@ -94,6 +95,7 @@ class Staging:
     reserved: int = 0
     charged: int = 0
     waiting: bool = False
+    beside: int = 0
 
     @property
     def target(self) -> Path:
@@ -173,6 +175,8 @@ class Index:
         present = self.models.get(record.model)
         if record.source == self._source and (present is None or present.published.record.fetched <= record.fetched):
             self.models[record.model] = item
+            if present is not None and present.pins:
+                present.doomed = True
             self._policy.admitted(Resident(record.model, published.bytes, record.fetch_seconds))
         return item
 

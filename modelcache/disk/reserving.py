@@ -91,8 +91,8 @@ class DiskRoom:
         swept = False
         while True:
             limits = self._read_limits()
-            if limits.budget is not None and staging.reserved + amount > limits.budget:
-                raise _too_large(staging.wish.model, staging.reserved + amount, limits.budget)
+            if limits.budget is not None and staging.beside + staging.reserved + amount > limits.budget:
+                raise _too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
             with self._guard:
                 shortage = self._index.shortage(amount, limits)
                 if shortage.fits:
@@ -101,7 +101,7 @@ class DiskRoom:
                     return
                 victims = self._index.choose(shortage.missing) if swept else []
                 told = [self._evicted(item, shortage, staging.wish.model) for item in victims]
-                pinned = self._index.pinned()
+                pinned = self._others(staging)
                 patient = shortage.missing <= 0
             if not swept:  # what dead processes left goes before anything that can be served
                 self._store.sweep()
@@ -111,6 +111,10 @@ class DiskRoom:
                 self.remove(victims)
             elif patient or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, staging.wish.model):
                 self._wait(staging, amount, shortage)
+
+    def _others(self, staging: Staging) -> list[str]:
+        """Return the models that could give up their files: not this one, whose old version stays until then."""
+        return [model for model in self._index.pinned() if model != staging.wish.model]
 
     def _wait(self, staging: Staging, amount: int, shortage: DiskShortage) -> None:
         """Wait for something to change.
@@ -128,7 +132,7 @@ class DiskRoom:
             state, wish.state = wish.state, "waiting for room"
             try:
                 wish.check()
-                if shortage.missing > 0 and self._upstairs.idle(self._index.pinned()):
+                if shortage.missing > 0 and self._upstairs.idle(self._others(staging)):
                     return  # it became idle since it was asked for
                 refusal = self._no_room(staging, amount, shortage)
                 wish.refused(refusal)
@@ -218,9 +222,10 @@ class DiskRoom:
                 return
 
 
-def _too_large(model: str, need: int, budget: int) -> TooLarge:
+def _too_large(model: str, need: int, beside: int, budget: int) -> TooLarge:
+    old = f", beside the {format_bytes(beside)} of its old version" if beside else ""
     return TooLarge(
-        f"model {model!a} needs {format_bytes(need)} on disk, more than the whole disk budget "
+        f"model {model!a} needs {format_bytes(need)} on disk{old}, more than the whole disk budget "
         f"of {format_bytes(budget)}: raise disk.budget",
         model=model,
         tier="disk",

@@ -128,6 +128,11 @@ class Shelf:
                 item.pins -= 1
                 self.index.forget(item)
 
+    def newest(self, model: str) -> Held | None:
+        """Return the model's artifact, pinned, as other processes may have published it by now."""
+        self._refresh(folder_prefix(self._source, model))
+        return self.open(model)
+
     def release(self, held: Held) -> None:
         """Let go of a pinned artifact; one that was to be deleted, or was replaced, goes with its last pin."""
         pin, held.pin = held.pin, None
@@ -149,20 +154,21 @@ class Shelf:
             self._room.remove([item])
 
     def delete(self, model: str) -> bool:
-        """Remove a model's artifact, with its last pin where it is pinned; return whether it is gone."""
+        """Remove all versions of a model's artifact, pinned ones with their last pin; return whether all is gone."""
         self._refresh(folder_prefix(self._source, model))
         with self._guard:
-            item = self.index.models.get(model)
-            if item is None:
-                return True
-            if item.pins or item.leaving:
-                item.doomed = True
-                return False
-            item.leaving = True
-        return not self._room.remove([item])
+            mine = [item for item in self.index.items.values() if item.published.record.source == self._source]
+            items = [item for item in mine if item.model == model]
+            due = [item for item in items if not item.pins and not item.leaving]
+            for item in items:
+                item.doomed = item.doomed or item not in due
+                item.leaving = item.leaving or item in due
+        return not self._room.remove(due) and len(due) == len(items)
 
-    def stage(self, wish: Wish, size: int, least: int) -> Staging:
+    def stage(self, wish: Wish, size: int, least: int, beside: int = 0) -> Staging:
         """Reserve room for a download of ``size`` bytes, ``least`` in all, and return a folder for it.
+
+        ``beside``: bytes of the version on disk that stays until this one is published.
 
         Raises:
             TooLarge: it can never fit within the budget; nothing was downloaded.
@@ -171,7 +177,7 @@ class Shelf:
         """
         self._clear_debris()
         self._refresh()
-        staging = Staging(wish, self._store.path)
+        staging = Staging(wish, self._store.path, beside=beside)
         with self._guard:
             self.index.stagings.add(staging)
         try:

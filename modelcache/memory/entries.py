@@ -45,6 +45,7 @@ class Entry(Generic[T]):
         hits: lookups that found it, booked when the uses are drained.
         used: seconds since the epoch of its last use, booked likewise; ``tick``: the same, monotonic.
         version: the source's version of what it was loaded from; None where that is not known.
+        outdated: whether a newer version was brought in, so that nobody takes this one back.
         warned: whether the age of a lease on it was told.
     """
 
@@ -61,6 +62,7 @@ class Entry(Generic[T]):
         "keeps",
         "latent",
         "model",
+        "outdated",
         "reason",
         "retired",
         "retirer",
@@ -97,6 +99,7 @@ class Entry(Generic[T]):
         self.used = time.time()
         self.tick = time.monotonic()
         self.version: str | None = None
+        self.outdated = False
         self.warned = False
 
     def ages(self) -> list[float]:

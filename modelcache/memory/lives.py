@@ -85,7 +85,7 @@ class Lives:
         """Book that a model leaves memory."""
         life = self._all.setdefault(model, Life())
         self._all.move_to_end(model)
-        life.hits = hits
+        life.hits = max(life.hits, hits)  # an old version may go after the new one
         life.left = reason
         life.due = reason.was_eviction and reason is not Reason.IDLE
         life.mark = self.loaded

@@ -128,12 +128,20 @@ class Residents(Generic[T]):
 
     def insert(self, entry: Entry[T]) -> None:
         """Let lookups find a model that was just loaded; one that it replaces goes with its last lease."""
-        old = self.resident.get(entry.model)
+        self.drain()
+        old, life = self.resident.get(entry.model), self.lives.of(entry.model)
         if old is not None:
             self.condemn(old, Reason.REPLACED)
-        life = self.lives.of(entry.model)
-        entry.hits += life.hits if life is not None else 0
+            old.outdated = True
+            entry.hits += old.hits
+        elif life is not None:
+            entry.hits += life.hits
         self._admit(entry)
+
+    def outdate(self, model: str, version: str) -> None:
+        """Take note that ``version`` was brought in: nobody takes another one back that is to leave."""
+        for entry in [*self.doomed.values(), *self.leaving]:
+            entry.outdated = entry.outdated or (entry.model == model and entry.version != version)
 
     def _admit(self, entry: Entry[T]) -> None:
         self.resident[entry.model] = entry
@@ -148,19 +156,20 @@ class Residents(Generic[T]):
             return entry
         if stays:
             return self.rescue(model)
-        return next((entry for entry in self.doomed.values() if entry.model == model and not entry.retired), None)
+        doomed = reversed(self.doomed.values())
+        return next((e for e in doomed if e.model == model and not e.retired and not e.outdated), None)
 
     def rescue(self, model: str) -> Entry[T] | None:
         """Return a model that is to leave but has not begun to, and let it stay."""
         for entry in self.doomed.values():
-            if entry.model == model and not entry.retired and entry.doomed is not Reason.REPLACED:
+            if entry.model == model and not entry.retired and not entry.outdated:
                 del self.doomed[id(entry)]
                 entry.doomed = None
                 self.update_short()
                 self._admit(entry)
                 return entry
         for entry in self.leaving:
-            if entry.model == model and not entry.begun and entry.reason in _SPARED:
+            if entry.model == model and not entry.begun and not entry.outdated and entry.reason in _SPARED:
                 self.leaving.discard(entry)
                 self.churn += 1
                 entry.retired = False

@@ -10,8 +10,19 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from modelcache import DiskTier, Evicted, Lease, LoadFailed, MemoryTier, ModelCache, NoRoom, Unloaded
-from tests.support.fakes import Book, DictSource, allocated, tar
+from modelcache import (
+    DiskTier,
+    Evicted,
+    Lease,
+    LoadFailed,
+    MemoryTier,
+    ModelCache,
+    NoRoom,
+    SourceUnavailable,
+    TooLarge,
+    Unloaded,
+)
+from tests.support.fakes import Book, DictSource, Model, allocated, tar
 
 MODELS = "abcdef"
 SIZES = {model: 100 * (number + 1) for number, model in enumerate(MODELS)}
@@ -26,11 +37,26 @@ def fail(model: str) -> None:
     raise ValueError(f"{model} does not load")
 
 
+class Versioned(Model):
+    """A model that knows its version."""
+
+    version = 0
+
+
+def load(path: Path, model: str) -> Versioned:
+    """Load what ``Twins.upload`` made."""
+    data = (path / "model.txt").read_bytes()
+    value = Versioned(model, len(data), path)
+    value.version = int(data.rstrip(b"\0").split()[1])
+    return value
+
+
 class Twins(RuleBasedStateMachine):
     """One cache, used from one thread, and what must hold of it.
 
-    The plain model: which leases are held, which models were ordered to leave with their last lease, and the
-    limits. What is evicted is the policy's choice; that it was needed, and allowed, is checked.
+    The plain model: which leases are held, and on which versions, which models were ordered to leave with their last
+    lease, which version must be seen at least, and the limits. What is evicted is the policy's choice; that it was
+    needed, and allowed, is checked.
     """
 
     def __init__(self) -> None:
@@ -38,10 +64,11 @@ class Twins(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory(dir=QUICK)
         self.source = source = DictSource()
-        for model, size in SIZES.items():
-            source.add(model, size=size)
-        self.versions = 0
-        self.book = Book()
+        self.current = dict.fromkeys(MODELS, 0)  # the version of each model that the source has
+        self.least = dict.fromkeys(MODELS, 0)  # the newest version of each model that was seen, or that must be seen
+        for model in MODELS:
+            self.upload(model)
+        self.book = Book(load)
         self.cache: ModelCache[Any] = ModelCache(
             source,
             self.book.load,
@@ -50,19 +77,25 @@ class Twins(RuleBasedStateMachine):
             disk=DiskTier(Path(self.folder.name) / "disk", min_free=0),
             memory=MemoryTier(high=10_000, low=10_000, policy="lru", gauge=self.book.gauge(20_000), interval=1000.0),
             timeout=5.0,
+            retry_after=0,
         )
-        self.leases: list[tuple[str, Lease[Any]]] = []
+        self.leases: list[tuple[str, Lease[Any], Versioned]] = []
         self.ordered: set[str] = set()
         self.deleted: set[str] = set()
         self.events: list[Any] = []
         self.cache.on(Evicted, self.events.append)
         self.cache.on(Unloaded, self.events.append)
 
+    def upload(self, model: str) -> None:
+        """Give a model its current version at the source; all its versions are of one size."""
+        text = f"{model} {self.current[model]}"
+        self.source.artifacts[model] = tar({"model.txt": text.encode().ljust(SIZES[model], b"\0")})
+
     # What is done
 
     def asked(self, model: str, lease: Lease[Any]) -> bool:
         """Acquire a lease; return whether there was room."""
-        there = model in self.in_memory()
+        there = self.must_be_found(model)
         value, refusal = None, None
         try:
             value = lease.acquire()
@@ -74,6 +107,8 @@ class Twins(RuleBasedStateMachine):
             assert {holder[0] for holder in refusal.holders} <= self.leased()
             return False
         assert value.model == model
+        assert value.version >= self.least[model], f"{model} went back to an older version"
+        self.least[model] = value.version
         self.ordered.discard(model)
         self.deleted.discard(model)
         return True
@@ -90,13 +125,15 @@ class Twins(RuleBasedStateMachine):
         """Lease a model, and keep it."""
         lease = self.cache.lease(model)
         if self.asked(model, lease):
-            self.leases.append((model, lease))
+            entry = lease.held
+            assert entry is not None
+            self.leases.append((model, lease, entry.value))
 
     @precondition(lambda self: self.leases)
     @rule(number=st.integers(0, 50))
     def release(self, number: int) -> None:
         """Release one of the leases; what was ordered to leave with it has left when it returns."""
-        model, lease = self.leases.pop(number % len(self.leases))
+        model, lease, _ = self.leases.pop(number % len(self.leases))
         lease.release()
         if model not in self.leased():
             if model in self.ordered:
@@ -122,32 +159,49 @@ class Twins(RuleBasedStateMachine):
             self.ordered.add(model)
             self.deleted.add(model)
 
-    @rule(model=models, broken=st.booleans())
-    def replace(self, model: str, broken: bool) -> None:
-        """Give a model that nobody leases a new version, and refresh it; one that does not load changes nothing."""
-        if model in self.leased():
-            return
-        there = model in self.in_memory()
-        known = {row.model for row in self.cache.models()}
-        loads = len(self.book.loads)
-        self.versions += 1
-        self.source.artifacts[model] = tar(
-            {"model.txt": f"{model} {self.versions}".encode().ljust(SIZES[model], b"\0")}
-        )
+    @rule(model=models, new=st.booleans(), broken=st.booleans())
+    def refresh(self, model: str, new: bool, broken: bool) -> None:
+        """Refresh a model, with a new version or without; one that does not load, or has no room, changes nothing."""
+        there, known = model in self.in_memory(), {row.model for row in self.cache.models()}
+        loads, leased = len(self.book.loads), model in self.leased()
+        if new:
+            self.current[model] += 1
+            self.upload(model)
         self.book.gate = fail if broken else None
         renewed, refusal = None, None
         try:
             renewed = self.cache.refresh(model)
-        except (NoRoom, LoadFailed) as error:
+        except (NoRoom, TooLarge, LoadFailed) as error:
             refusal = error
         self.book.gate = None
-        if refusal is None:
-            assert renewed is (model in known)
-            assert not (broken and there) or model not in self.in_memory()
-        else:
+        if refusal is not None:
             assert model in known
-            assert isinstance(refusal, NoRoom) or (broken and there)
+            assert isinstance(refusal, NoRoom | TooLarge) or (broken and there)
             assert len(self.book.loads) == loads
+            assert not leased or model in self.in_memory()
+        elif model not in known:
+            assert not renewed
+        else:
+            self.least[model] = self.current[model]
+
+    @rule(model=models, down=st.booleans())
+    def ask_in_trouble(self, model: str, down: bool) -> None:
+        """Look a model up while it does not load, or while the source is down: what is there already is served."""
+        there, known = model in self.book.alive, {row.model for row in self.cache.models()}
+        self.source.down = SourceUnavailable("down", source="dict") if down else None
+        self.book.gate = None if down else fail
+        lease, error = self.cache.lease(model), None
+        try:
+            assert self.asked(model, lease) is (lease.held is not None)
+        except (LoadFailed, SourceUnavailable) as raised:
+            error = raised
+        self.book.gate = self.source.down = None
+        if error is not None:
+            assert isinstance(error, SourceUnavailable if down else LoadFailed)
+            assert not (down and model in known)
+        elif lease.held is not None:
+            assert there or (down and model in known)
+            lease.release()
 
     @rule(most=st.sampled_from([None, 1, 2, 3, 6]))
     def tune_max_models(self, most: int | None) -> None:
@@ -174,7 +228,17 @@ class Twins(RuleBasedStateMachine):
 
     def leased(self) -> set[str]:
         """Return the models that somebody leases."""
-        return {model for model, _ in self.leases}
+        return {model for model, _, _ in self.leases}
+
+    def must_be_found(self, model: str) -> bool:
+        """Whether a lookup must find a model in memory: not where all that is there are leased, outdated versions."""
+        loads = [value for held, _, value in self.leases if held == model]
+        idle = self.book.alive.count(model) > self.versions_leased(model)
+        return idle or any(value.version >= self.least[model] for value in loads)
+
+    def versions_leased(self, model: str) -> int:
+        """Return how many loads of a model somebody leases."""
+        return len({id(value) for held, _, value in self.leases if held == model})
 
     def in_memory(self) -> set[str]:
         """Return the models that the cache says are in memory."""
@@ -182,9 +246,10 @@ class Twins(RuleBasedStateMachine):
 
     @invariant()
     def each_load_is_in_memory_or_was_unloaded(self) -> None:
-        """Loads less unloads are the models in memory, each once."""
+        """Loads less unloads are the models in memory, each once, and its older versions as long as they are leased."""
         alive = self.book.alive
-        assert len(alive) == len(set(alive))
+        for model in MODELS:
+            assert alive.count(model) - self.versions_leased(model) in {0, 1}
         assert set(alive) == self.in_memory()
         assert len(self.book.loads) - len(self.book.unloads) == len(alive) == self.cache.stats().models
 
@@ -193,14 +258,14 @@ class Twins(RuleBasedStateMachine):
         """A leased model never leaves, and counts its leases."""
         counts = {row.model: row.leases for row in self.cache.models()}
         for model in MODELS:
-            assert counts.get(model, 0) == sum(held == model for held, _ in self.leases)
+            assert counts.get(model, 0) == sum(held == model for held, _, _ in self.leases)
         assert self.leased() <= set(self.book.alive)
 
     @invariant()
     def limits_hold(self) -> None:
         """No limit is exceeded, except by what is leased; then nothing else is in memory."""
         memory, alive = self.cache.memory, self.book.alive
-        idle = [model for model in alive if model not in self.leased()]
+        idle = [model for model in set(alive) if alive.count(model) > self.versions_leased(model)]
         used = sum(SIZES[model] for model in alive)
         over_count = memory.max_models is not None and len(alive) > memory.max_models
         over_budget = memory.budget is not None and used > memory.budget
@@ -226,7 +291,7 @@ class Twins(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close, and check that nothing is left."""
-        for _, lease in self.leases:
+        for _, lease, _ in self.leases:
             lease.release()
         assert self.cache.close(timeout=10)
         self.book.check()

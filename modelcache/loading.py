@@ -171,7 +171,7 @@ class Loader(Generic[T]):
         measured, reading = self.measuring.end(scale, found.path)
         limits = attrs.evolve(limits, reading=reading)
         with self.guard:
-            known = self.residents.footprints.learn(flight.model, found.size, measured, duration)
+            known = self.residents.footprints.learn(flight.model, found.size, measured, duration, limits.most)
             keeps = found if isinstance(found, Held) else None
             sure = known.resident is not None or known.given
             entry = Entry(self.residents, flight.model, value, known.in_use, duration, sure=sure, keeps=keeps)

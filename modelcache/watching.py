@@ -65,7 +65,8 @@ class Watch:
         parts.finish()
         with parts.guard:
             residents = parts.residents
-            return bool(residents.resident or residents.doomed or residents.thrash.active)
+            hopeful = residents.lingering.hopeful()  # a collection will bring back what has left
+            return bool(residents.resident or residents.doomed or residents.thrash.active or hopeful)
 
     def _weigh(self) -> list[Event]:
         """Book what was served since the last look; return what is to be told of time lost to reloads."""

@@ -31,8 +31,8 @@ class Choosing(Generic[T]):
     def newcomer(self, limits: Limits, need: int, resident: int) -> Shortage:
         """Return what a newcomer lacks.
 
-        Loads under way count with their reservations. What is in use is at least the sum of what is tracked: an idle
-        mapped model reads low, and grows on first use.
+        Loads under way count with their reservations. What is in use is at least the sum of what is tracked, beside
+        what the process takes without models: an idle mapped model reads low, and grows on first use.
 
         Args:
             limits: a reading made just before.
@@ -40,8 +40,8 @@ class Choosing(Generic[T]):
             resident: bytes once it is loaded, which is what counts for the budget.
         """
         reserved = sum(hold.peak for hold in self._residents.reserved.values())
-        used = limits.reading.used if limits.reading else 0
-        return self._shortage(limits, max(used, self._residents.occupied()) + reserved, need, resident, 1)
+        used = self._residents.expect(limits.reading.used) if limits.reading else 0
+        return self._shortage(limits, used + reserved, need, resident, 1)
 
     def present(self, limits: Limits, *, reserved: bool, floor: int | None = None) -> Shortage:
         """Return what the models in memory lack themselves.

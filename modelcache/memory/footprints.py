@@ -53,6 +53,7 @@ class Plan:
         artifact: bytes of the artifact's files.
         alone: whether it should run alone, so that it can be measured.
         first: whether it was never measured.
+        maps: whether it left mapped pages untouched at its last load.
         thread: identity of the thread that loads it; None before it is admitted.
     """
 
@@ -63,6 +64,7 @@ class Plan:
     artifact: int = 0
     alone: bool = False
     first: bool = True
+    maps: bool = False
     thread: object = None
 
 
@@ -75,10 +77,12 @@ class Known:
         given: whether ``estimate`` is the user's word.
         resident: measured, blended; None: never measured cleanly.
         peak: measured, blended; None: never.
-        doubtful: the last measurement made while others loaded; None: none since the last clean one.
+        doubtful: the last measurement that is not believed, as others loaded meanwhile or as it was above all that is
+            allowed; None: none since the last clean one.
         distrusted: such measurements in a row.
         seconds: of its loads, blended; 0: none yet.
         weighed: whether this process has measured it cleanly, be it too small to tell.
+        maps: whether it left mapped pages untouched at its last load.
     """
 
     estimate: int = 0
@@ -89,6 +93,7 @@ class Known:
     distrusted: int = 0
     seconds: float = 0.0
     weighed: bool = False
+    maps: bool = False
 
     @property
     def in_use(self) -> int:
@@ -139,6 +144,7 @@ class Footprints:
             artifact=artifact,
             alone=first and (known.distrusted >= _DISTRUSTED or unknown),
             first=first,
+            maps=known.maps,
         )
 
     def _estimate(self, artifact: int) -> int:
@@ -146,7 +152,7 @@ class Footprints:
             return math.ceil(max(_middle(self._small, 0.5), artifact))
         return math.ceil(artifact * _middle(self._sizes, 0.5))
 
-    def learn(self, model: str, artifact: int, measured: Measurement | None, seconds: float) -> Known:
+    def learn(self, model: str, artifact: int, measured: Measurement | None, seconds: float, most: float) -> Known:
         """Take in what a load took, and return what is known now.
 
         Growth below ``NOISE`` says only that the model is small: the estimate stays in use where it is small too, or
@@ -157,11 +163,15 @@ class Footprints:
             artifact: bytes of the artifact's files.
             measured: None: it could not be measured.
             seconds: that the load took.
+            most: bytes above which a model is refused. A measurement above it, which would be the last one, is believed
+                only once the next one says so too: a thread of the host may have taken that memory.
         """
         known = self._known.get(model, Known())
         blended = seconds if not known.seconds else known.seconds + _BLEND * (seconds - known.seconds)
-        known = attrs.evolve(known, seconds=blended)
-        if measured is not None and measured.clean:
+        known = attrs.evolve(known, seconds=blended, maps=measured is not None and measured.latent > 0)
+        if measured is not None and measured.clean and (known.doubtful or 0) <= most < measured.resident:
+            known = attrs.evolve(known, doubtful=measured.resident)
+        elif measured is not None and measured.clean:
             known = self._learn_clean(known, artifact, measured)
         elif measured is not None and known.resident is None:
             self._doubtful += 1

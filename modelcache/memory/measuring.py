@@ -90,7 +90,7 @@ class Measuring(Generic[T]):
             return None, after
         grown = after.used - scale.before.used - scale.parts
         latent = 0
-        if self._tier.measures_process and grown < scale.plan.resident:
+        if self._tier.measures_process and _may_map(scale.plan, grown):
             latent = untouched(path)
         resident = max(grown, 0) + latent
         peak = max(peak - scale.parts, resident)
@@ -116,3 +116,8 @@ class Measuring(Generic[T]):
             return False
         expected = scale.plan.resident * _MUCH + _GARBAGE
         return reading.used - scale.before.used - scale.parts > expected
+
+
+def _may_map(plan: Plan, grown: int) -> bool:
+    """Whether a look at the mapped files, of some system calls, is worth its time."""
+    return plan.artifact >= NOISE and (plan.first or plan.maps or grown < plan.resident // 2)

@@ -68,6 +68,7 @@ class Residents(Generic[T]):
         self.lingering = Lingering()
         self.thrash = Thrash()
         self.deficit = 0  # bytes above high that loads took beyond what was expected of them
+        self._base = 0  # bytes in use when no model was in memory, nor on its way
 
     def watch_hits(self, *, told: bool) -> None:
         """Tell each hit, or only note it."""
@@ -121,6 +122,14 @@ class Residents(Generic[T]):
     def occupied(self) -> int:
         """Return what is tracked, in bytes, but for what was loaded before a fork, which is the parent's."""
         return sum(0 if entry.inherited else entry.bytes for entry in [*self.entries(), *self.leaving])
+
+    def expect(self, used: int) -> int:
+        """Return the bytes that will be in use once every mapped page is, of ``used`` that are now."""
+        own = [entry for entry in [*self.entries(), *self.leaving] if not entry.inherited]
+        if not own and not self.reserved:
+            self._base = used
+        tracked, latent = sum(entry.bytes for entry in own), sum(entry.latent for entry in own)
+        return max(used, tracked, min(self._base + tracked, used + latent))
 
     def count(self) -> int:
         """Return how many models are in memory, loading and unloading ones included."""

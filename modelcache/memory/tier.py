@@ -4,6 +4,7 @@ What they decide, and which model gives way, is ``memory.residents``; how used m
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 import attrs
@@ -34,6 +35,12 @@ class Limits:
     low: int
     budget: int | None
     max_models: int | None
+
+    @property
+    def most(self) -> float:
+        """Bytes above which one model is refused; infinite where nothing bounds it."""
+        high = self.high if self.reading is not None and self.high else math.inf
+        return min(high, math.inf if self.budget is None else self.budget)
 
 
 class MemoryTier:

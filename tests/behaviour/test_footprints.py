@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelcache import LoadFailed
+from modelcache import LoadFailed, TooLarge
 from modelcache.gauges import Reading
 from tests.support.fakes import Book, DictSource, MakeCache, allocated
 from tests.support.waiting import Gate, Spawn, eventually
@@ -415,3 +415,51 @@ def test_delete_forgets_the_figures(make_cache: MakeCache) -> None:
     scales.takes["a"] = 10 * MIB
     cache.get("a")
     assert row(cache, "a").measured == 10 * MIB
+
+
+# What can't be believed
+
+
+def test_measurement_above_all_that_is_allowed(make_cache: MakeCache) -> None:
+    """A thread of the host takes memory during a load: its model is not refused from then on, nor after a restart."""
+    scales = Scales(a=30)
+
+    def guest(model: str) -> None:
+        scales.used += 700 * MIB
+
+    scales.during = guest
+    for _ in range(2):  # the second time after a restart, on the same folder
+        cache = make(make_cache, scales, memory={"high": 500 * MIB})
+        cache.get("a")
+        cache.unload("a")
+        cache.close()
+        scales.used = 0
+    scales.during = lambda model: None
+    cache = make(make_cache, scales, memory={"high": 500 * MIB})
+    cache.get("a")
+    assert (row(cache, "a").in_use, row(cache, "a").bytes) == ("measured", 30 * MIB)
+
+
+def test_known_footprint_outlasts_one_measurement_above_all(make_cache: MakeCache) -> None:
+    """What was measured before stays in use where one load seems to take more than is allowed at all."""
+    scales = Scales(a=30)
+    cache = make(make_cache, scales, memory={"high": 500 * MIB})
+    cache.get("a")
+    cache.unload("a")
+    scales.used, scales.takes["a"] = 0, 700 * MIB
+    cache.get("a")
+    assert (row(cache, "a").in_use, row(cache, "a").bytes) == ("measured", 30 * MIB)
+
+
+def test_twice_above_all_that_is_allowed_is_refused(make_cache: MakeCache) -> None:
+    """A model that was measured above ``high`` twice is refused at its third load: both figures agree."""
+    scales = Scales(a=700)
+    cache = make(make_cache, scales, memory={"high": 500 * MIB})
+    for _ in range(2):
+        cache.get("a")
+        cache.unload("a")
+        scales.used = 0
+    with pytest.raises(TooLarge, match=r"700\.0 MiB"):
+        cache.get("a")
+    cache.memory.high = 1000 * MIB
+    assert isinstance(cache.get("a"), Thing)

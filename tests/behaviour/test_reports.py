@@ -1,6 +1,7 @@
 """What a cache says of itself: rows of models(), figures of stats(), events of history()."""
 
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,7 @@ def test_looking_while_others_work(make_cache: MakeCache, spawn: Spawn) -> None:
         assert len({row.model for row in rows}) == len(rows)
         assert cache.stats().models <= 2
         cache.history()
+        wait(workers, timeout=0.001)  # or a look that never waits keeps the interpreter to itself
     for worker in workers:
         worker.result(WAIT)
 

@@ -20,6 +20,7 @@ _DISTRUSTED = 3  # doubtful measurements in a row after which the next load of t
 _ENOUGH = 8  # clean measurements from which on the ratios of this cache are known well
 _MOST = 100_000  # models that figures are kept of; beyond it those that were not loaded for longest are forgotten
 _LEARNED = 64  # loads that the ratios are taken from
+_OTHER = 1.1  # times as large or small as what was measured: an artifact like that is another version
 _BLEND = 0.3  # weight of a new figure that is below the known one; a higher one counts at once
 _CAUTIOUS = 0.9  # share of the learned peaks that the estimate of a peak is to cover
 
@@ -77,6 +78,7 @@ class Known:
         given: whether ``estimate`` is the user's word.
         resident: measured, blended; None: never measured cleanly.
         peak: measured, blended; None: never.
+        artifact: bytes of the artifact that was measured; 0: none was, or an earlier process did.
         doubtful: the last measurement that is not believed, as others loaded meanwhile or as it was above all that is
             allowed; None: none since the last clean one.
         distrusted: such measurements in a row.
@@ -89,6 +91,7 @@ class Known:
     given: bool = False
     resident: int | None = None
     peak: int | None = None
+    artifact: int = 0
     doubtful: int | None = None
     distrusted: int = 0
     seconds: float = 0.0
@@ -130,8 +133,13 @@ class Footprints:
         self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None)
         while len(self._known) > _MOST:
             del self._known[next(iter(self._known))]
-        resident = known.in_use
-        peak = max(known.peak or 0, resident)
+        growth = artifact / known.artifact if known.artifact else 1.0
+        same = growth < _OTHER  # else the figures are those of a smaller version
+        resident, peak = known.in_use, known.peak or 0
+        if not same:
+            resident = math.ceil(resident * growth) if given is None else given
+            peak = math.ceil(peak * growth)
+        peak = max(peak, resident)
         if known.peak is None:
             peak = math.ceil(resident * _middle(self._peaks, _CAUTIOUS))
         first = known.resident is None and not known.weighed
@@ -139,8 +147,8 @@ class Footprints:
         return Plan(
             resident=resident,
             peak=max(peak, resident),
-            sure=known.resident is not None or given is not None,
-            peak_sure=known.peak is not None,
+            sure=(known.resident is not None and same) or given is not None,
+            peak_sure=known.peak is not None and same,
             artifact=artifact,
             alone=first and (known.distrusted >= _DISTRUSTED or unknown),
             first=first,
@@ -182,7 +190,9 @@ class Footprints:
     def _learn_clean(self, known: Known, artifact: int, measured: Measurement) -> Known:
         self._clean += 1
         self._doubtful = 0
-        known = attrs.evolve(known, doubtful=None, distrusted=0, weighed=True)
+        if known.artifact and not 1 / _OTHER < artifact / known.artifact < _OTHER:
+            known = attrs.evolve(known, resident=None, peak=None)
+        known = attrs.evolve(known, artifact=artifact, doubtful=None, distrusted=0, weighed=True)
         peak = _blend(known.peak, measured.peak) if measured.peak >= NOISE else known.peak
         if measured.resident < NOISE and (known.given or known.in_use < _SMALL):
             return attrs.evolve(known, peak=None if peak is None else max(peak, known.in_use))

@@ -271,6 +271,8 @@ def test_loader_that_hangs(make_cache: MakeCache) -> None:
     cache = make_cache(book=book, memory=GAUGE, size_of=lambda model, path: 345)
     with Gate("a") as gate:
         book.gate = gate
+        cache.prefetch(["a"])
+        gate.wait()
         with pytest.raises(Timeout, match="is loading"):
             cache.get("a", timeout=0.02)
         assert "It is being loaded, with 345 B reserved for it." in cache.explain("a")

@@ -463,3 +463,38 @@ def test_twice_above_all_that_is_allowed_is_refused(make_cache: MakeCache) -> No
         cache.get("a")
     cache.memory.high = 1000 * MIB
     assert isinstance(cache.get("a"), Thing)
+
+
+# Another version
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_version_of_another_size(make_cache: MakeCache, size: int) -> None:
+    """A new version that is far larger or smaller is measured anew, not blended with the old one."""
+    source, scales = DictSource().add("a", size=4 * MIB), Scales(a=40)
+    cache = make(make_cache, scales, source)
+    cache.get("a")
+    source.add("a", size=size * MIB)
+    scales.takes["a"] = 10 * size * MIB
+    assert cache.refresh("a")
+    assert (row(cache, "a").in_use, row(cache, "a").bytes) == ("measured", 10 * size * MIB)
+
+
+def test_larger_version_needs_more_room(make_cache: MakeCache) -> None:
+    """Room for a version twice as large is made for twice as much as the old one took, before it is loaded."""
+    source, scales = DictSource().add("a", size=4 * MIB).add("b"), Scales(a=20, b=60)
+
+    def unload(thing: Thing) -> None:
+        scales.used = max(scales.used - 60 * MIB, 0)
+
+    scales.book = Book(load=scales.book.load, unload=unload)
+    cache = make(make_cache, scales, source, memory={"high": 110 * MIB})
+    cache.get("b")
+    cache.get("a")
+    source.add("a", size=8 * MIB)
+    scales.takes["a"] = 40 * MIB
+    there: list[bool] = []
+    scales.during = lambda model: there.append(row(cache, "b").tier == "memory")
+    with cache.lease("a"):
+        assert cache.refresh("a")
+    assert there == [False]

@@ -32,7 +32,7 @@ from modelcache import (
     Unloaded,
 )
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache, allocated, tar
-from tests.support.waiting import Gate, Spawn, eventually
+from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
 
 def fail(*_: object) -> None:
@@ -410,11 +410,14 @@ def test_time_that_ends(make_cache: MakeCache, spawn: Spawn) -> None:
     source.add("a", size=20)
     with Gate() as gate:
         book.gate = gate
+        first = spawn(cache.refresh, "a")
+        gate.wait()
         with pytest.raises(Timeout, match=r"refresh of 'a'.*is loading.*old version is served") as caught:
             cache.refresh("a", timeout=0.02)
         assert (caught.value.model, caught.value.timeout, caught.value.state) == ("a", 0.02, "loading")
         assert cache.get("a").size == 10
-    eventually(lambda: cache.get("a").size == 20)
+    assert first.result(WAIT)
+    assert cache.get("a").size == 20
     assert not cache.refresh("a")
 
 

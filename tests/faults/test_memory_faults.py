@@ -4,36 +4,38 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from modelcache import Evicted, NoRoom, Pressure
 from tests.support.children import run
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
 from tests.support.waiting import Gate, Spawn, eventually
 
 REAL = """
-import mmap
-import psutil
-MIB = 2**20
-folder = Path(sys.argv[1])
+        import mmap
+        import psutil
+        MIB = 2**20
+        folder = Path(sys.argv[1])
 
-def rss():
-    return psutil.Process().memory_info().rss
+        def rss():
+            return psutil.Process().memory_info().rss
 
-def models(count, size):
-    names = [f"m{number}" for number in range(count)]
-    for name in names:
-        path = folder / "source" / name / "weights.bin"
-        path.parent.mkdir(parents=True)
-        with path.open("wb") as file:
-            file.truncate(size)
-    return names
+        def models(count, size):
+            names = [f"m{number}" for number in range(count)]
+            for name in names:
+                path = folder / "source" / name / "weights.bin"
+                path.parent.mkdir(parents=True)
+                with path.open("wb") as file:
+                    file.truncate(size)
+            return names
 
-def cache_of(load, high, **settings):
-    return ModelCache(LocalSource(folder / "source", copy=False), load, disk=DiskTier(folder / "disk", min_free=0),
-                      memory=MemoryTier(high=high, interval=0.05), **settings)
+        def cache_of(load, high, **settings):
+            return ModelCache(LocalSource(folder / "source", copy=False), load, disk=DiskTier(folder / "disk", min_free=0),
+                              memory=MemoryTier(high=high, interval=0.05), **settings)
 
-class Weights:
-    def __init__(self, value):
-        self.value = value
+        class Weights:
+            def __init__(self, value):
+                self.value = value
 """
 
 
@@ -207,3 +209,33 @@ def test_f020_hits_go_on_while_another_model_loads(make_cache: MakeCache, spawn:
     lease.release()
     assert other.result().model == "b"
     assert book.loads == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_f012_cycle_after_the_last_model(tmp_path: Path) -> None:
+    """F012: a model in a cycle goes within some seconds though no model is left and Python's collector is off."""
+    run(
+        REAL
+        + """
+        import gc, weakref
+        seen = []
+        def load(path):
+            value = Weights(bytearray(MIB))
+            value.itself = value
+            seen.append(weakref.ref(value))
+            return value
+        names = models(2, MIB)
+        gc.disable()
+        with cache_of(load, rss() + 1000 * MIB) as cache:
+            for name in names:
+                cache.get(name)
+                cache.unload(name)  # the second time it is too soon for another collection
+            deadline = time.monotonic() + 30
+            while seen[1]() is not None and time.monotonic() < deadline:
+                threading.Event().wait(0.1)
+            assert seen[1]() is None
+            assert not cache.stats().lingering
+        """,
+        tmp_path,
+        timeout=60,
+    )

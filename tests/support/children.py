@@ -1,5 +1,6 @@
 """Python scripts in processes of their own, which see the same packages as this one."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -22,6 +23,14 @@ from tests.support.waiting import eventually
 """
 
 
+def complete(script: str) -> str:
+    """Return a script with its prelude, refusing one that only defines things, as mixed indentation makes it."""
+    whole = PRELUDE + textwrap.dedent(script)
+    last = ast.parse(whole).body[-1]
+    assert not isinstance(last, ast.FunctionDef | ast.ClassDef), f"the script does nothing, it ends in {last.name}"
+    return whole
+
+
 def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> "subprocess.Popen[str]":
     """Start a script; it dumps all stacks and ends itself after ``watchdog`` seconds.
 
@@ -34,7 +43,7 @@ def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> 
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
     environment = {**os.environ, "PYTHONPATH": path, "WATCHDOG": str(watchdog), **settings.pop("env", {})}
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(script)]
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", complete(script)]
         + [str(argument) for argument in arguments],
         env=environment,
         stdout=subprocess.PIPE,

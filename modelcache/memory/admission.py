@@ -117,7 +117,7 @@ class Admission(Generic[T]):
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
         residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
-        since = time.monotonic()
+        since, held = time.monotonic(), False
         while True:
             churn = residents.churn
             applicant.state = "loading"
@@ -153,10 +153,13 @@ class Admission(Generic[T]):
                         applicant.state = "waiting for room" if clear else "waiting for a measurement"
                         lost = not rows and self._lost(applicant, shortage, turn=turn)
                         losses = losses + 1 if lost else 0
+                        held = bool(residents.holding_threads())
                         self._wait(applicant, plan, shortage, losses=losses, rows=rows)
             if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
                 self._unloader.collect(urgent=True)
                 self._garbage.give_back()
+            if losses == 1 and shortage.over_high > 0 and not held:  # it is refused next
+                self._unloader.search(last=True)
             if victims:
                 most *= 2
                 self._evictor.evict(victims, limits, shortage.reason)

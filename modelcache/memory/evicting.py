@@ -19,6 +19,8 @@ from modelcache.telling import Teller
 T = TypeVar("T")
 
 _MISSED = 2  # a batch that frees less than half of what it promised may have left cycles
+_WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
+_GRAIN = 128  # less than this share of ``high`` drowns in what requests take
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 
@@ -74,7 +76,7 @@ class Evictor(Generic[T]):
         started, batch = time.monotonic(), list(victims)
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
-            booked, vain = self._residents.occupied(), self.futility.vain
+            booked, vain, verging = self._residents.occupied(), self.futility.vain, self.futility.verging
         collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
         batch = [entry for entry in batch if entry.begun]  # the others were asked for meanwhile, and stay
         promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
@@ -84,10 +86,9 @@ class Evictor(Generic[T]):
         if before.reading is None or after.reading is None or not batch:
             return
         judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
-        missing = (before.reading.used - after.reading.used + explained) * _MISSED < seen
-        if judged and missing and not collected and not vain:
-            self._unloader.search()
-            collected, after = True, self._tier.limits()
+        missing = seen - (before.reading.used - after.reading.used + explained)
+        if judged and missing * _MISSED > seen and not collected and (verging or not vain):
+            collected, after = self._search(missing, after.reading.used, last=verging)
         if after.reading is None:
             return
         event = Reclaimed(
@@ -107,9 +108,26 @@ class Evictor(Generic[T]):
             self._residents.lives.reclaimed(models, event)
             if judged:
                 freed, now = event.freed, time.monotonic()
-                if self.futility.judge(seen, freed, explained, after.reading.used, after.high, now):
+                if self.futility.judge(seen, freed, explained, after.reading.used, self._grain(after), now):
                     pressure = self._pressure(after)
         self._teller.tell([event] if pressure is None else [event, pressure])
+
+    def _grain(self, limits: Limits) -> int:
+        """Return the bytes that must leave to tell whether that helps; the guard is held.
+
+        It is what a model of the usual size takes: small ones lie among others on the heap, which stays.
+        """
+        entries = self._residents.entries()
+        usual = sum(entry.bytes for entry in entries) // max(len(entries), 1)
+        return max(limits.high // _GRAIN, usual)
+
+    def _search(self, missing: int, used: int, *, last: bool) -> tuple[bool, Limits]:
+        """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then."""
+        searched = self._unloader.search(last=last)
+        after = self._tier.limits()
+        if searched and after.reading is not None:
+            self._unloader.judge_search(helped=(used - after.reading.used) * _WORTH_IT >= missing)
+        return searched, after
 
     def _pressure(self, limits: Limits) -> Pressure:
         """Return the event of an episode that begins; the guard is held."""

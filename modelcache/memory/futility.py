@@ -6,7 +6,6 @@ What grew then is not the cache's, or somebody still holds the models. Every met
 
 _ROW = 3  # such rounds in a row
 _SHARE = 10  # a batch that frees less than a tenth of what it promised has not helped
-_GRAIN = 128  # a round is over once its batches have promised this share of ``high``: less drowns in what requests take
 _LONGEST = 8  # times the first rest, which doubles as long as evicting does not help
 
 
@@ -37,7 +36,12 @@ class Futility:
         """Whether the latest round did not help, so that looking for what it left is in vain too."""
         return self._row > 0
 
-    def judge(self, promised: int, freed: int, explained: int, used: int, high: int, now: float) -> bool:
+    @property
+    def verging(self) -> bool:
+        """Whether one more round that does not help begins an episode."""
+        return self._row == _ROW - 1
+
+    def judge(self, promised: int, freed: int, explained: int, used: int, grain: int, now: float) -> bool:
         """Weigh a batch; return whether this one begins an episode, which is to be told.
 
         Args:
@@ -45,13 +49,13 @@ class Futility:
             freed: bytes that the gauge fell by.
             explained: bytes that loads under way may have taken meanwhile.
             used: bytes in use now.
-            high: the watermark.
+            grain: bytes that the batches of a round must promise in all, to tell anything.
             now: monotonic seconds.
         """
         self._promised += promised
         self._freed += freed
         self._explained = max(self._explained, explained)
-        if self._promised * _GRAIN < high:
+        if self._promised < grain:
             return False
         helped = (self._freed + self._explained) * _SHARE >= self._promised and self._freed + self._explained > 0
         if helped:

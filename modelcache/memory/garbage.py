@@ -11,30 +11,34 @@ import time
 from modelcache import heap
 
 _REST = 10.0  # seconds between two collections that nobody waits for
-_LONGEST = 1.0  # seconds that one which can't be done without waits for its turn: refusing a load is worse
+_LONGEST = 1.0  # seconds that one which has helped lately waits for its turn: refusing a load is worse
 _SHARE = 10  # a collection that somebody waits for takes at most a tenth of the time
+_VAIN = 4  # times as rare, for each one in a row that was in vain
+_RAREST = 128  # times as rare at most
 
 
 class Garbage:
     """One cache's share in the process's garbage.
 
-    Concurrency: any thread, with no lock held. The two times are plain; two threads at worst collect twice.
+    Concurrency: any thread, with no lock held. What it remembers is plain; two threads at worst collect twice.
     """
 
     def __init__(self) -> None:
         self._ended = float("-inf")
         self._took = 0.0
+        self._rarity = 1
 
-    def collect(self, *, urgent: bool, wait: bool = False) -> bool:
+    def collect(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
         """Run ``gc.collect()`` unless one was just before; return whether it ran.
 
         Args:
             urgent: a load waits for what this may free.
-            wait: wait for its turn, a second at most, and run it then.
+            wait: wait for its turn, a second at most, and run it then: unless the latest were in vain.
+            last: the load is refused otherwise, so that also after some in vain it has its turn.
         """
-        rest = _SHARE * self._took if urgent else max(_REST, _SHARE * self._took)
-        left = self._ended + rest - time.monotonic()
-        if left > 0 and not wait:
+        rest = _SHARE * self._took * (1 if last else self._rarity)
+        left = self._ended + (rest if urgent else max(_REST, rest)) - time.monotonic()
+        if left > 0 and not (wait and (last or self._rarity == 1)):
             return False
         if left > 0:
             threading.Event().wait(min(left, _LONGEST))
@@ -43,6 +47,10 @@ class Garbage:
         self._ended = time.monotonic()
         self._took = self._ended - started
         return True
+
+    def judge(self, *, helped: bool) -> None:
+        """Take note of what the last collection was good for: those in vain become rare, as they stall all threads."""
+        self._rarity = 1 if helped else min(self._rarity * _VAIN, _RAREST)
 
     def give_back(self) -> None:
         """Give freed heap back to the system."""

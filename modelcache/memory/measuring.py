@@ -106,10 +106,13 @@ class Measuring(Generic[T]):
             return reading
         self._garbage.give_back()
         reading = self._tier.read()
-        if not self._excessive(scale, reading) or not self._garbage.collect(urgent=True):
+        if reading is None or not self._excessive(scale, reading) or not self._garbage.collect(urgent=True):
             return reading
         self._garbage.give_back()
-        return self._tier.read()
+        after = self._tier.read()
+        if after is not None:
+            self._garbage.judge(helped=reading.used - after.used >= _GARBAGE)
+        return after
 
     def _excessive(self, scale: Scale, reading: Reading | None) -> bool:
         if reading is None or scale.before is None:

@@ -164,17 +164,32 @@ class Unloader(Generic[T]):
         """
         with self._guard:
             hopeful = self._residents.lingering.hopeful()
-        return (hopeful or (urgent and self._unchecked)) and self._collect(urgent=urgent, wait=False)
+        return (hopeful or (urgent and self._unchecked)) and self._collect(urgent=urgent)
 
-    def search(self) -> None:
-        """Collect cycles and give heap back, as less came back than models promised."""
-        self._collect(urgent=True, wait=True)
+    def search(self, *, last: bool = False) -> bool:
+        """Collect cycles and give heap back, as less came back than models promised; return whether that was done.
+
+        Args:
+            last: a load is refused otherwise.
+        """
+        if not self._collect(urgent=True, wait=True, last=last):
+            return False
         self._garbage.give_back()
+        return True
 
-    def _collect(self, *, urgent: bool, wait: bool) -> bool:
-        if not self._garbage.collect(urgent=urgent, wait=wait):
+    def judge_search(self, *, helped: bool) -> None:
+        """Take note of whether it brought memory back."""
+        self._garbage.judge(helped=helped)
+
+    def _collect(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
+        with self._guard:
+            before = len(self._residents.lingering.look())
+        if not self._garbage.collect(urgent=urgent, wait=wait, last=last):
             return False
         self._unchecked = False
         with self._guard:
+            helped = len(self._residents.lingering.look()) < before
             self._residents.lingering.collected()
+        if not wait:  # else the gauge tells
+            self._garbage.judge(helped=helped)
         return True

@@ -30,8 +30,8 @@ REAL = """
             return names
 
         def cache_of(load, high, **settings):
-            return ModelCache(LocalSource(folder / "source", copy=False), load, disk=DiskTier(folder / "disk", min_free=0),
-                              memory=MemoryTier(high=high, interval=0.05), **settings)
+            source, disk = LocalSource(folder / "source", copy=False), DiskTier(folder / "disk", min_free=0)
+            return ModelCache(source, load, disk=disk, memory=MemoryTier(high=high, interval=0.05), **settings)
 
         class Weights:
             def __init__(self, value):

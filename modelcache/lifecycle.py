@@ -3,12 +3,19 @@
 At a fork the guard of each cache is held across it, so that the child never inherits half a decision; the guard
 is never held over I/O, logging or a user's code, so this waits for microseconds. In the child only state is
 reset: no I/O but closing inherited descriptors, no logging, no other lock.
+
+A child of ``multiprocessing`` ends without the handlers of ``atexit`` that its parent has registered, and before Python
+3.13 without its own, but it runs what ``multiprocessing.util.Finalize`` has registered. A process that a signal kills,
+or that ends itself by ``os._exit``, closes nothing.
 """
 
 import atexit
 import contextlib
+import multiprocessing
 import os
+import sys
 import threading
+from multiprocessing import util
 from typing import Protocol
 
 _AT_EXIT = 5.0  # seconds that a fetch or load under way may still take when the interpreter ends
@@ -79,7 +86,37 @@ def _at_exit() -> None:
             gone = False
         if not gone:
             cache.abandon()
+        _living.discard(cache)  # a forkserver's child on Python 3.13 comes here twice
+
+
+def _in_multiprocessing_child(_: object = None) -> None:
+    """See to it that caches are closed at the end of this child, those too that the parent made before a fork."""
+    if multiprocessing.get_start_method(allow_none=True) != "spawn":  # which ends like any interpreter, with atexit
+        util.Finalize(None, _at_end_of_child, exitpriority=1)  # before it waits for children of its own, as at exit
+
+
+def _at_end_of_child() -> None:
+    if sys.version_info < (3, 13) and _others():  # later versions have waited for them already
+        threading.Thread(target=_after_others, name="modelcache-exit", daemon=False).start()
+    else:
+        _at_exit()
+
+
+def _after_others() -> None:
+    """Close once all other threads have ended: like at any exit, they may use a cache until then."""
+    while others := _others():
+        others[0].join()
+    _at_exit()
+
+
+def _others() -> list[threading.Thread]:
+    """Return the threads that the end of this process waits for, this one and the main thread aside."""
+    mine = {threading.current_thread(), threading.main_thread()}
+    return [thread for thread in threading.enumerate() if not (thread.daemon or thread in mine) and thread.is_alive()]
 
 
 os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
 atexit.register(_at_exit)
+util.register_after_fork(_at_exit, _in_multiprocessing_child)
+if multiprocessing.parent_process() is not None:  # a child that imports this only now
+    _in_multiprocessing_child()

@@ -18,7 +18,6 @@ import logging
 import os
 import time
 from http import HTTPStatus
-from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +88,6 @@ def make_cache() -> ModelCache[Any]:
         timeout=float(given.get("TIMEOUT", "30")),
     )
     sinks.log(cache)  # MMS sends what a worker logs to its own log
-    # MMS forks its workers with multiprocessing, which ends them without atexit.
-    util.Finalize(None, cache.close, kwargs={"timeout": 5.0}, exitpriority=1)
     return cache
 
 

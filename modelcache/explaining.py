@@ -83,13 +83,14 @@ def _whereabouts(parts: Machinery[Any], model: str) -> Iterator[str]:
 
 
 def _under_way(parts: Machinery[Any], flight: Flight[Any], *, beside: bool) -> Iterator[str]:
-    """Tell what is done to bring it in."""
+    """Tell what is done to bring it in, and for how long."""
     what = "A new version" if beside and flight.refresh else "It"
     waiters = len(flight.waiters)
     many = f", and {_count(waiters, 'lookup waits', 'lookups wait')} for it" if waiters else ""
     plan = parts.residents.reserved.get(flight)
     room = "" if plan is None else f", with {format_bytes(plan.peak)} reserved for it"
-    yield f"{what} {_DOING[flight.state]}{room}{many}"
+    lasts = "" if flight.landed else f" ({_span(time.monotonic() - flight.since)} so far)"
+    yield f"{what} {_DOING[flight.state]}{lasts}{room}{many}"
     if flight.refusal is not None:
         yield f"In its way: {flight.refusal}"
 

@@ -52,6 +52,7 @@ class Flight(Generic[T]):
         reason: who asked first.
         state: ``"queued"``, ``"fetching"``, ``"waiting for room"``, ``"waiting for a measurement"``, ``"loading"`` or
             ``"done"``.
+        since: when it got into that state, in seconds of ``time.monotonic()``.
         waiters: leases that wait for it, each with the identity of its thread.
         watchers: prefetches that want it.
         blocked_on: flights whose end its loader waits for.
@@ -75,7 +76,8 @@ class Flight(Generic[T]):
         self.reason = reason
         self.parent = parent
         self.context = contextvars.copy_context()
-        self.state = "queued"
+        self._state = "queued"
+        self.since = time.monotonic()
         self.claimed = False
         self.waiters: dict[Lease[T], object] = {}
         self.watchers: set[Watcher] = set()
@@ -92,6 +94,16 @@ class Flight(Generic[T]):
         self.scale: Scale | None = None
         self.landing = threading.Event()
         self.done = threading.Event()
+
+    @property
+    def state(self) -> str:
+        """What is done for it now."""
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        if state != self._state:
+            self._state, self.since = state, time.monotonic()
 
     def wanted(self) -> bool:
         """Whether anybody still wants it."""

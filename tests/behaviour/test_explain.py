@@ -5,6 +5,7 @@ What decides about evictions is ``test_memory_tier`` and ``test_disk_tier``; her
 
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,8 @@ def test_fetching(make_cache: MakeCache, spawn: Spawn) -> None:
         lookups = [spawn(cache.get, "a") for _ in range(2)]
         gate.wait()
         eventually(lambda: cache.stats().waiters == 2)
-        says(cache, "a", r"'a' is neither in memory nor on disk\.", r"It is being fetched, and 2 lookups wait for it\.")
+        fetching = rf"It is being fetched \({SPAN} so far\), and 2 lookups wait for it\."
+        says(cache, "a", r"'a' is neither in memory nor on disk\.", fetching)
     for lookup in lookups:
         lookup.result(10)
 
@@ -275,12 +277,32 @@ def test_loader_that_hangs(make_cache: MakeCache) -> None:
         gate.wait()
         with pytest.raises(Timeout, match="is loading"):
             cache.get("a", timeout=0.02)
-        assert "It is being loaded, with 345 B reserved for it." in cache.explain("a")
+        assert re.search(rf"It is being loaded \({SPAN} so far\), with 345 B reserved for it\.", cache.explain("a"))
         assert cache.stats().memory_reserved == 345
         assert cache.get("b").model == "b"
         assert_plain(cache.explain("a"))
     assert cache.get("a") is cache.get("a")
     assert book.loads == ["b", "a"]
+
+
+def test_how_long_it_has_been_under_way(make_cache: MakeCache, spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that is said is that of the fetch while it is fetched, and that of the load alone after it."""
+    real, later = time.monotonic, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + later[0])
+    source, book = DictSource().add("a"), Book()
+    cache = make_cache(source, book, memory=GAUGE)
+    with Gate() as loads:
+        book.gate = loads
+        with Gate() as fetches:
+            source.gate = fetches
+            lookup = spawn(cache.get, "a", timeout=10**6)
+            fetches.wait()
+            later[0] = 600
+            assert re.search(r"It is being fetched \(10 min so far\)", cache.explain("a"))
+        loads.wait()
+        later[0] += 300
+        assert re.search(r"It is being loaded \(5 min so far\)", cache.explain("a"))
+    assert lookup.result(10).model == "a"
 
 
 def test_refreshing(make_cache: MakeCache, spawn: Spawn) -> None:
@@ -294,7 +316,7 @@ def test_refreshing(make_cache: MakeCache, spawn: Spawn) -> None:
         refresh = spawn(cache.refresh, "a")
         gate.wait()
         text = cache.explain("a")
-        assert re.search(r"A new version is being loaded, with \d+ B reserved for it\.", text), text
+        assert re.search(rf"A new version is being loaded \({SPAN} so far\), with \d+ B reserved for it\.", text), text
         assert "It takes 10 B" in text
     assert refresh.result(10)
 
@@ -306,7 +328,7 @@ def test_waiting_for_room(make_cache: MakeCache, spawn: Spawn) -> None:
         lookup = spawn(cache.get, "a")
         eventually(lambda: "In its way" in cache.explain("a"))
         text = cache.explain("a")
-        assert "It waits for room, and 1 lookup waits for it." in text
+        assert re.search(rf"It waits for room \({SPAN} so far\), and 1 lookup waits for it\.", text), text
         assert re.search(r"In its way: .*memory\.max_models allows 1 and 1 are used; leases hold 'b'", text), text
         assert_plain(text)
     assert lookup.result(10).model == "a"

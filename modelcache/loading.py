@@ -22,6 +22,7 @@ from modelcache.history import History
 from modelcache.memory.admission import Admission
 from modelcache.memory.entries import Entry
 from modelcache.memory.footprints import Plan
+from modelcache.memory.kinds import kind_of
 from modelcache.memory.measuring import Measuring
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
@@ -157,8 +158,9 @@ class Loader(Generic[T]):
         """Make room, load and land; from then on the entry keeps what was found."""
         given = self._given(flight.model, found)
         self.history.recall(flight.model, found)
+        kind = kind_of(found.path)
         with self.guard:
-            plan = self.residents.footprints.plan(flight.model, found.size, given)
+            plan = self.residents.footprints.plan(flight.model, found.size, given, kind)
         check_cancelled(flight)
         trip = Trip(flight, self.flights, self.residents)
         limits, churn = self.admission.admit(trip, flight, plan)

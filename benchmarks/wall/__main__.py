@@ -44,6 +44,8 @@ _HEADS = (
     "wall s",
     "used+reserved while waiting",
     "mean used",
+    "models",
+    "reserved",
 )
 
 
@@ -64,6 +66,10 @@ def _line(result: Result) -> list[str]:
         f"{book['seconds']:.0f}",
         f"{book['room'] / book['waits']:.1%} ({book['waits']:.0f})" if book["waits"] else "-",
         f"{result.mean_used:.1%}",
+        *(
+            f"{book[name] / max(book['looks'], 1) / result.high:.1%}" if ours else "-"
+            for name in ("models", "reserved")
+        ),
     ]
 
 

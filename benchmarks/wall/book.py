@@ -14,6 +14,8 @@ FIGURES = (
     "evictions",
     "reload_seconds",  # in loads of what had been in memory before
     "held",  # models in memory, summed over looks
+    "models",  # bytes of their footprints, likewise
+    "reserved",  # bytes reserved for loads under way, likewise
     "looks",
     "room",  # (used + reserved) / high, summed over looks during which a load waited for room
     "waits",  # how many such looks

@@ -136,6 +136,8 @@ class Service:
                 book[name] = before[name] + value
             book["begun"] = len(self._asked) - book.count(self._todo)
             book["held"] += look.held
+            book["models"] += look.models
+            book["reserved"] += look.reserved
             book["looks"] += 1
             if look.room is not None:
                 book["room"] += look.room

@@ -28,6 +28,8 @@ class Look:
         hits: requests that found theirs, so far.
         misses: requests that did not.
         evictions: models dropped.
+        models: bytes of their footprints; 0 where the cache does not know.
+        reserved: bytes reserved for loads under way.
         room: (used + reserved) / high where a load waits for room, else None.
     """
 
@@ -35,6 +37,8 @@ class Look:
     hits: int
     misses: int
     evictions: int
+    models: int = 0
+    reserved: int = 0
     room: float | None = None
 
 
@@ -149,7 +153,15 @@ class Measured:
         waiting = any(row.state == "waiting for room" for row in self._cache.models())
         stats = self._cache.stats()
         room = ((stats.memory_used or 0) + stats.memory_reserved) / stats.memory_high if waiting else None
-        return Look(stats.models, stats.hits, stats.misses, stats.evictions, room)
+        return Look(
+            stats.models,
+            stats.hits,
+            stats.misses,
+            stats.evictions,
+            stats.memory_models,
+            stats.memory_reserved,
+            room,
+        )
 
     def close(self) -> None:
         """End."""

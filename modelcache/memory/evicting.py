@@ -18,7 +18,6 @@ from modelcache.telling import Teller
 
 T = TypeVar("T")
 
-_MISSED = 2  # a batch that frees less than half of what it promised may have left cycles
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
 _GRAIN = 128  # less than this share of ``high`` drowns in what requests take
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
@@ -86,8 +85,10 @@ class Evictor(Generic[T]):
         if before.reading is None or after.reading is None or not batch:
             return
         judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
-        missing = seen - (before.reading.used - after.reading.used + explained)
-        if judged and missing * _MISSED > seen and not collected and (verging or not vain):
+        with self._guard:
+            freed, grain = before.reading.used - after.reading.used, self._grain(after)
+            missing = self.futility.missing(seen, freed, explained, grain) if judged and not collected else 0
+        if missing and (verging or not vain):
             collected, after = self._search(missing, after.reading.used, last=verging)
         if after.reading is None:
             return
@@ -108,7 +109,7 @@ class Evictor(Generic[T]):
             self._residents.lives.reclaimed(models, event)
             if judged:
                 freed, now = event.freed, time.monotonic()
-                if self.futility.judge(seen, freed, explained, after.reading.used, self._grain(after), now):
+                if self.futility.judge(seen, freed, explained, after.reading.used, grain, now):
                     pressure = self._pressure(after)
         self._teller.tell([event] if pressure is None else [event, pressure])
 

@@ -10,6 +10,8 @@ from collections import deque
 
 import attrs
 
+from modelcache.memory.ratios import LEARNED, Ratios, share_of
+
 NOISE = 2**20
 """Bytes by which a process grows and shrinks on its own, so that less measures nothing."""
 
@@ -19,7 +21,6 @@ _STEEPEST = 4.0  # times the resident bytes: peaks above that are a matter of on
 _DISTRUSTED = 3  # doubtful measurements in a row after which the next load of that model runs alone
 _ENOUGH = 8  # clean measurements from which on the ratios of this cache are known well
 _MOST = 100_000  # models that figures are kept of; beyond it those that were not loaded for longest are forgotten
-_LEARNED = 64  # loads that the ratios are taken from
 _OTHER = 1.1  # times as large or small as what was measured: an artifact like that is another version
 _BLEND = 0.3  # weight of a new figure that is below the known one; a higher one counts at once
 _CAUTIOUS = 0.9  # share of the learned peaks that the estimate of a peak is to cover
@@ -85,6 +86,7 @@ class Known:
         seconds: of its loads, blended; 0: none yet.
         weighed: whether this process has measured it cleanly, be it too small to tell.
         maps: whether it left mapped pages untouched at its last load.
+        kind: what its artifact is of.
     """
 
     estimate: int = 0
@@ -97,6 +99,7 @@ class Known:
     seconds: float = 0.0
     weighed: bool = False
     maps: bool = False
+    kind: str = ""
 
     @property
     def in_use(self) -> int:
@@ -109,9 +112,9 @@ class Footprints:
 
     def __init__(self) -> None:
         self._known: dict[str, Known] = {}
-        self._sizes: deque[float] = deque(maxlen=_LEARNED)  # resident over artifact bytes
-        self._small: deque[float] = deque(maxlen=_LEARNED)  # resident bytes of artifacts too small to tell anything
-        self._peaks: deque[float] = deque(maxlen=_LEARNED)  # peak over resident bytes
+        self._sizes = Ratios()  # resident over artifact bytes
+        self._small: deque[float] = deque(maxlen=LEARNED)  # resident bytes of artifacts too small to tell anything
+        self._peaks = Ratios()  # peak over resident bytes
         self._clean = 0
         self._doubtful = 0  # doubtful loads in a row, of whatever model
 
@@ -119,18 +122,19 @@ class Footprints:
         """Return what is known of a model; None if it never was in memory."""
         return self._known.get(model)
 
-    def plan(self, model: str, artifact: int, given: int | None) -> Plan:
+    def plan(self, model: str, artifact: int, given: int | None, kind: str = "") -> Plan:
         """Return what a load is expected to take.
 
         Args:
             model: its id.
             artifact: bytes of the artifact's files.
             given: bytes that the user's ``size_of`` says; None where there is none.
+            kind: what the artifact is of: models of one kind become alike.
         """
         known = self._known.get(model, Known())
-        estimate = self._estimate(artifact) if given is None else given
+        estimate = self._estimate(artifact, kind) if given is None else given
         self._known.pop(model, None)  # to be forgotten last
-        self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None)
+        self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None, kind=kind)
         while len(self._known) > _MOST:
             del self._known[next(iter(self._known))]
         growth = artifact / known.artifact if known.artifact else 1.0
@@ -141,7 +145,7 @@ class Footprints:
             peak = math.ceil(peak * growth)
         peak = max(peak, resident)
         if known.peak is None:
-            peak = math.ceil(resident * _middle(self._peaks, _CAUTIOUS))
+            peak = math.ceil(resident * self._peaks.usual(kind, _CAUTIOUS))
         first = known.resident is None and not known.weighed
         unknown = self._clean < _ENOUGH and self._doubtful >= _DISTRUSTED
         return Plan(
@@ -155,10 +159,10 @@ class Footprints:
             maps=known.maps,
         )
 
-    def _estimate(self, artifact: int) -> int:
+    def _estimate(self, artifact: int, kind: str) -> int:
         if artifact < NOISE and self._small:
-            return math.ceil(max(_middle(self._small, 0.5), artifact))
-        return math.ceil(artifact * _middle(self._sizes, 0.5))
+            return math.ceil(max(share_of(self._small, 0.5), artifact))
+        return math.ceil(artifact * self._sizes.usual(kind, 0.5))
 
     def learn(self, model: str, artifact: int, measured: Measurement | None, seconds: float, most: float) -> Known:
         """Take in what a load took, and return what is known now.
@@ -197,11 +201,11 @@ class Footprints:
         if measured.resident < NOISE and (known.given or known.in_use < _SMALL):
             return attrs.evolve(known, peak=None if peak is None else max(peak, known.in_use))
         if artifact >= NOISE:
-            self._sizes.append(measured.resident / artifact)
+            self._sizes.add(known.kind, measured.resident / artifact)
         elif measured.resident >= NOISE:
             self._small.append(measured.resident)
         if measured.resident >= _WEIGHTY:
-            self._peaks.append(min(measured.peak / measured.resident, _STEEPEST))
+            self._peaks.add(known.kind, min(measured.peak / measured.resident, _STEEPEST))
         resident = _blend(known.resident, max(measured.resident, NOISE))
         return attrs.evolve(known, resident=resident, peak=max(peak or 0, resident))
 
@@ -219,11 +223,3 @@ class Footprints:
 def _blend(known: int | None, new: int) -> int:
     """Return a figure that rises at once and falls slowly: heap that was free already makes a load read low."""
     return new if known is None or new >= known else round(known + _BLEND * (new - known))
-
-
-def _middle(learned: deque[float], share: float) -> float:
-    """Return the figure below which ``share`` of what was learned lies; 1 before anything was."""
-    if not learned:
-        return 1.0
-    ranked = sorted(learned)
-    return ranked[min(int(len(ranked) * share), len(ranked) - 1)]

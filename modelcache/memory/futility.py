@@ -4,6 +4,7 @@ What grew then is not the cache's, or somebody still holds the models. Every met
 ``memory.evicting`` weighs each batch and tells.
 """
 
+_MISSED = 2  # a round that frees less than half of what it promised may have left cycles
 _ROW = 3  # such rounds in a row
 _SHARE = 10  # a batch that frees less than a tenth of what it promised has not helped
 _LONGEST = 8  # times the first rest, which doubles as long as evicting does not help
@@ -40,6 +41,12 @@ class Futility:
     def verging(self) -> bool:
         """Whether one more round that does not help begins an episode."""
         return self._row == _ROW - 1
+
+    def missing(self, promised: int, freed: int, explained: int, grain: int) -> int:
+        """Return the bytes that have not come back in this round, were it over with a batch like that; else 0."""
+        total = self._promised + promised
+        missing = total - self._freed - freed - max(self._explained, explained)
+        return missing if total >= grain and missing * _MISSED > total else 0
 
     def judge(self, promised: int, freed: int, explained: int, used: int, grain: int, now: float) -> bool:
         """Weigh a batch; return whether this one begins an episode, which is to be told.

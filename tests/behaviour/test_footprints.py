@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelcache import LoadFailed, TooLarge
+from modelcache import LoadFailed, LocalSource, TooLarge
 from modelcache.gauges import Reading
 from tests.support.fakes import Book, DictSource, MakeCache, allocated
 from tests.support.waiting import Gate, Spawn, eventually
@@ -93,6 +93,26 @@ def test_what_artifacts_become_is_learned(make_cache: MakeCache) -> None:
     with pytest.raises(LoadFailed):
         cache.get("x")
     assert row(cache, "x").estimate == 12 * MIB
+
+
+def test_kinds_of_artifacts_are_told_apart(make_cache: MakeCache, tmp_path: Path) -> None:
+    """Models whose largest file has one suffix are estimated by each other, not by those of another format."""
+    sizes = {"a.npy": 8, "b.npy": 8, "c.npy": 8, "d.npz": 40, "e.npz": 40, "f.npz": 40, "x.npy": 0, "y.npz": 0}
+    for name in sizes:
+        folder = tmp_path / "source" / name[0]
+        folder.mkdir(parents=True)
+        (folder / f"weights{name[1:]}").write_bytes(bytes(4 * MIB))
+        (folder / "readme.txt").write_bytes(b"what it is")
+    scales = Scales(**{name[0]: size for name, size in sizes.items()})
+    source = LocalSource(tmp_path / "source")
+    cache = make_cache(source, scales.book, memory={"high": 2**39, "gauge": scales, "interval": 0.05})
+    for model in "adbecf":
+        cache.get(model)
+    scales.during = lambda model: (_ for _ in ()).throw(RuntimeError("never mind"))
+    for model, size in (("x", 8), ("y", 40)):
+        with pytest.raises(LoadFailed):
+            cache.get(model)
+        assert row(cache, model).estimate == pytest.approx(size * MIB, rel=0.01)
 
 
 def test_gauge_that_fails_leaves_the_estimate(make_cache: MakeCache) -> None:

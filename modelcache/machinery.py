@@ -202,6 +202,7 @@ class Machinery(Generic[T]):
         if self.guard.busy:  # a finalizer or signal handler in the middle of a decision: the monitor looks at it
             self.residents.orphaned(entry)
             return
+        self.settle()
         self.room.release(entry)
         if self.residents.disk_over:
             self.disk_room.shrink()

@@ -80,10 +80,20 @@ class Resident:
         Raises:
             psutil.Error, OSError: neither ``statm`` nor the system tells.
         """
-        fields = self._statm.read().split(None, 2)
-        if len(fields) > 2 and fields[1].isdigit():  # noqa: PLR2004 - size, resident, the rest
-            return int(fields[1]) * mmap.PAGESIZE
-        return int(psutil.Process().memory_info().rss)
+        pages = self._pages()
+        return int(psutil.Process().memory_info().rss) if pages is None else pages[0] * mmap.PAGESIZE
+
+    def read_own(self) -> int:
+        """Return the bytes that it shares with no file and no other process by name; 0 where that is not told."""
+        pages = self._pages()
+        return 0 if pages is None else max(pages[0] - pages[1], 0) * mmap.PAGESIZE
+
+    def _pages(self) -> tuple[int, int] | None:
+        """Return resident and, of these, shared pages (proc(5), statm); None where the kernel does not tell."""
+        fields = self._statm.read().split(None, 3)
+        if len(fields) > 3 and fields[1].isdigit() and fields[2].isdigit():  # noqa: PLR2004 - size, these two, the rest
+            return int(fields[1]), int(fields[2])
+        return None
 
 
 @attrs.frozen

@@ -4,7 +4,7 @@ Every method runs under the guard and does nothing but decide. Who is in memory 
 """
 
 from collections.abc import Collection, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from modelcache.events import Reason
 from modelcache.memory.entries import Entry
@@ -100,8 +100,8 @@ class Choosing(Generic[T]):
 
         Args:
             shortage: what is lacking.
-            most: how many models at most, for the watermark, whose footprint was only guessed: the next reading
-                tells more.
+            most: how many models at most, for the watermark, of which it was only guessed what they give back: the
+                next reading tells more.
             among: only these models.
             whole: none at all where it is known that what may go does not suffice.
             stepwise: ``most`` holds for all models: what grew may not be theirs, so that their leaving may not help.
@@ -112,7 +112,7 @@ class Choosing(Generic[T]):
             if shortage.met or (guessed >= most and shortage.over_high > 0):
                 break
             picked.append(entry)
-            guessed += stepwise or not entry.sure
+            guessed += stepwise or not _certain(entry)
             shortage = shortage.after(entry)
         if whole and not shortage.met and not guessed:
             return []
@@ -127,7 +127,7 @@ class Choosing(Generic[T]):
         """Whether all that may go now would be enough; with a footprint that was only guessed it may be."""
         for entry in self._residents.entries():
             if not entry.holds:
-                if not entry.sure and shortage.over_high > 0:
+                if not _certain(entry) and shortage.over_high > 0:
                     return True
                 shortage = shortage.after(entry)
         return shortage.met
@@ -145,3 +145,8 @@ class Choosing(Generic[T]):
             if models:
                 for model in self._policy.victims(need, models):
                     yield idle[model]
+
+
+def _certain(entry: Entry[Any]) -> bool:
+    """Whether it is known what a model gives back: one from before a fork gives nothing, or all, by the gauge."""
+    return entry.sure and not entry.inherited

@@ -269,7 +269,6 @@ class Residents(Generic[T]):
         self.leaving = set()
         self.reserved = {}
         self.line = {}
-        self.over = self.disk_over = False
         self.deficit = 0
         self.lingering = Lingering()  # what lingers here, the parent shares
         self.update_short()

@@ -78,9 +78,10 @@ class Tree:
         lines = (f"{name} {value}\n" for name, value in figures.items())
         self.write(f"sys/fs/cgroup/{folder}/memory.stat", "".join(lines))
 
-    def resident(self, size: int) -> None:
-        """Write what the process has resident."""
-        self.write("proc/self/statm", f"999999 {size // mmap.PAGESIZE} 300 5 0 123 0\n")
+    def resident(self, size: int, shared: int = 300 * mmap.PAGESIZE) -> None:
+        """Write what the process has resident, and what of it is shared."""
+        pages, files = size // mmap.PAGESIZE, shared // mmap.PAGESIZE
+        self.write("proc/self/statm", f"999999 {pages} {files} 5 0 123 0\n")
 
     def limit(self) -> tuple[int, str]:
         """Return what a new gauge says, and which file decided, below the root."""
@@ -817,12 +818,21 @@ def test_group_that_is_made_anew(cgroup: Group, tree: Tree) -> None:
     """A group that was removed and made again, so that what is open is dead, is read again."""
     tree.process("4:memory:/child", mounts=("35 31 0:32 / /mount rw - cgroup cgroup rw,memory",))
     (tree.root / "mount").symlink_to(cgroup.path)
-    tree.resident(55 * MIB)
+    tree.resident(55 * MIB, shared=55 * MIB)
     gauge = ContainerGauge(tree.root, clock=lambda: 0.0)
     for _ in range(2):
         with cgroup.child(100 * MIB):
             assert gauge.read().used < MIB
         assert gauge.read() == Reading(55 * MIB, 100 * MIB)  # the limit is looked up once a second
+
+
+def test_kernel_that_is_late(cgroup: Group, tree: Tree) -> None:
+    """Where the kernel has not gathered a group's figures yet, use is at least what this process has by itself."""
+    tree.process("4:memory:/child", mounts=("35 31 0:32 / /mount rw - cgroup cgroup rw,memory",))
+    (tree.root / "mount").symlink_to(cgroup.path)
+    tree.resident(55 * MIB, shared=15 * MIB)
+    with cgroup.child(100 * MIB):
+        assert ContainerGauge(tree.root).read() == Reading(40 * MIB, 100 * MIB)
 
 
 def test_program_that_becomes_a_daemon() -> None:

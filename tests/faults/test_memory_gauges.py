@@ -272,3 +272,33 @@ def test_f010_other_allocators(tmp_path: Path, group: Group, name: str) -> None:
     assert allocator == ("unknown" if name.startswith("no ") else name.removesuffix("_minimal"))
     assert int(kept) >= 3
     assert 20 <= int(evictions) <= 40
+
+
+@pytest.mark.slow
+def test_container_never_reads_less_than_this_process_holds() -> None:
+    """However the kernel's figures lag, the container's use is at least this process's own anonymous memory."""
+    with child_cgroup(400 * MIB) as parent, parent.child() as group:
+        group.run_in(
+            """
+            from modelcache.gauges import ContainerGauge
+            gauge, kept = ContainerGauge(), []
+
+            def anonymous():
+                lines = Path("/proc/self/status").read_text().splitlines()
+                return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+            def work():
+                kept.append(bytearray(b"1") * 30_000_000)
+                if len(kept) > 5:
+                    del kept[0]
+
+            for number in range(1500):
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+                used, real = gauge.read().used, anonymous()
+                assert used > real - 8 * 2**20, (number, used >> 20, real >> 20)
+            """,
+            watchdog=40,
+            timeout=50.0,
+        )

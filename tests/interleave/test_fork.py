@@ -547,3 +547,56 @@ def test_own_server_of_children_leaves_nothing(tmp_path: Path) -> None:
         assert not list((FOLDER / "disk" / "tmp").iterdir())
         """,
     )
+
+
+def test_newcomer_in_a_child_of_a_full_parent(tmp_path: Path) -> None:
+    """A child of a parent that is full serves a cold model: it gives up idle inherited ones, as last resort."""
+    fork_script(
+        tmp_path,
+        """
+        import psutil
+        MIB = 2**20
+        def load(path, name):
+            model = Model(name)
+            model.weights = bytearray(b"1") * (40 * MIB)
+            return model
+        from modelcache.gauges import ProcessGauge
+        gauge = ProcessGauge()
+        cache = small_cache(FOLDER, DictSource().add(*"abcd"), load, size_of=lambda *_: 40 * MIB,
+                            memory={"gauge": gauge, "high": gauge.read().used + 140 * MIB})
+        for name in "abc":
+            cache.get(name)
+        def child():
+            assert cache.get("d", timeout=3).name == "d"
+            cache.close()
+        fork(child)()
+        assert cache.get("d").name == "d"
+        assert cache.close()
+        """,
+    )
+
+
+def test_limit_unmet_at_the_fork_is_met_by_a_release(tmp_path: Path) -> None:
+    """A limit that leases kept from being met at the fork is met in the child by their release, at once."""
+    fork_script(
+        tmp_path,
+        """
+        done = Counting()
+        cache = small_cache(FOLDER, DictSource().add("a", "b"), done.load, unload=done.unload,
+                            memory={"interval": 1000.0})
+        leases = [cache.lease(name) for name in "ab"]
+        for lease in leases:
+            lease.acquire()
+        cache.memory.max_models = 1
+        def child():
+            leases[0].release()
+            assert [model.name for model in done.unloaded] == ["a"]
+            leases[1].release()
+            assert cache.close()
+        fork(child)()
+        leases[0].release()
+        assert [model.name for model in done.unloaded] == ["a"]
+        leases[1].release()
+        assert cache.close()
+        """,
+    )

@@ -24,13 +24,14 @@ from pathlib import Path
 import attrs
 
 from modelcache.disk import figures
-from modelcache.disk.files import allocated, make_folder, same, sync, sync_tree
+from modelcache.disk.files import allocated, file_system, make_folder, same, sync, sync_tree
 from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record, is_published
 from modelcache.disk.pins import Pin, Pins
 from modelcache.disk.workshop import FOLDER, Workshop
 from modelcache.errors import AccessDenied, ConfigError
 
 _log = logging.getLogger("modelcache")
+_MEMORY = {"tmpfs", "ramfs"}
 
 
 @attrs.frozen
@@ -94,6 +95,13 @@ class Store:
         except ConfigError:
             self.close()
             raise
+        if (kind := file_system(self.path)) in _MEMORY:
+            _log.warning(
+                "%s lies on a %s: artifacts there take memory, also of the container's limit, which evicts models; "
+                "give DiskTier a folder on a disk",
+                self.path,
+                kind,
+            )
         if stat.S_IMODE(self.path.stat().st_mode) & 0o022 & ~self.mode:
             _log.warning("%s may be written to by others; what modelcache makes inside it is private", self.path)
 

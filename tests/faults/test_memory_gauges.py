@@ -5,6 +5,7 @@ Which files are read, and what in them counts, is in ``behaviour/test_gauges``.
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from modelcache import DiskTier
+from modelcache.disk.files import file_system
 from tests.support.cgroups import MIB, Group, child_cgroup
 
 CACHE = """
@@ -302,3 +305,30 @@ def test_container_never_reads_less_than_this_process_holds() -> None:
             watchdog=40,
             timeout=50.0,
         )
+
+
+def test_f007_tmpfs_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """F007: a disk tier on a tmpfs, whose files take memory, says so where it is made; one on a disk does not."""
+    shared = Path("/dev/shm")  # noqa: S108 - a tmpfs, which is the point
+    if not os.access(shared, os.W_OK) or file_system(shared) != "tmpfs" or file_system(tmp_path) == "tmpfs":
+        pytest.skip("needs a tmpfs at /dev/shm and a disk at the temporary folder")
+    DiskTier(tmp_path / "disk")
+    assert not caplog.records
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        DiskTier(folder, min_free=0)
+        (record,) = caplog.records
+    assert "lies on a tmpfs" in record.getMessage()
+
+
+def test_file_system_of_a_folder_with_odd_letters(tmp_path: Path) -> None:
+    """Blanks, backslashes and letters of other scripts in the name of a mount point are understood."""
+    if not (os.geteuid() == 0 and shutil.which("mount")):
+        pytest.skip("needs root, to mount")
+    folder = tmp_path / "a b\\c ü"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+    try:
+        assert file_system(folder) == "tmpfs"
+        assert file_system(tmp_path) != "tmpfs"
+    finally:
+        subprocess.run(["umount", folder], check=True)

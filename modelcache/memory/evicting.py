@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from modelcache.events import Evicted, Pressure, Reason, Reclaimed
 from modelcache.guard import Guard
+from modelcache.identity import me
 from modelcache.memory.entries import Entry
 from modelcache.memory.futility import Futility
 from modelcache.memory.residents import Residents
@@ -77,7 +78,7 @@ class Evictor(Generic[T]):
             explained = sum(plan.peak for plan in self._residents.reserved.values())
             booked, vain, verging = self._residents.occupied(), self.futility.vain, self.futility.verging
         collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
-        batch = [entry for entry in batch if entry.begun]  # the others were asked for meanwhile, and stay
+        batch = [entry for entry in batch if entry.begun and entry.retirer is me()]  # the others were asked for again
         promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
         seen = promised - sum(0 if entry.inherited else entry.latent for entry in batch)
         models = [entry.model for entry in batch]

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from modelcache.events import Event, Reason, Unloaded
 from modelcache.guard import Guard
+from modelcache.identity import me
 from modelcache.memory.entries import Entry
 from modelcache.memory.garbage import Garbage
 from modelcache.memory.lingering import follow
@@ -101,8 +102,8 @@ class Unloader(Generic[T]):
     def _depart(self, entry: Entry[T], left: list[Entry[T]], told: list[Event]) -> None:
         """Run ``unload=`` for one entry and drop the model; what is to be told of it goes into ``told``."""
         with self._guard:
-            if not entry.retired:  # taken back meanwhile
-                return
+            if not entry.retired or entry.begun or entry.retirer is not me():
+                return  # taken back meanwhile, and perhaps retired anew, which whoever did that carries out
             entry.begun = True
             self.evictions += entry.farewell is not None
             if entry.farewell is not None:

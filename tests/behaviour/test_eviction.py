@@ -116,6 +116,18 @@ def test_rescued_model_that_is_replaced_is_no_reload(batch: Any, make_cache: Mak
     assert cache.stats().reloads == 0
 
 
+def test_rescued_model_that_leaves_again_is_unloaded_once(batch: Any) -> None:
+    """A victim that was rescued and then unloaded, while its batch still goes on, leaves once and is told once."""
+    cache, book, end = batch
+    cache.get("b")
+    assert cache.unload("b")
+    told = end()
+    assert book.unloads.count("b") == 1
+    assert [(type(event), event.reason) for event in told if event.model == "b"] == [(Unloaded, "unload")]
+    first = next(event for event in told if isinstance(event, Reclaimed))
+    assert (first.models, first.promised) == (2, 200)
+
+
 def test_unload_that_has_begun_is_no_rescue(make_cache: MakeCache, spawn: Spawn) -> None:
     """Who asks for a model whose ``unload=`` runs gets a new one, once that is over."""
     with Gate() as gate:

@@ -107,14 +107,14 @@ class Choosing(Generic[T]):
             stepwise: ``most`` holds for all models: what grew may not be theirs, so that their leaving may not help.
         """
         picked: list[Entry[T]] = []
-        guessed = 0
+        guessed, lacking = 0, shortage
         for entry in self._ranked(max(shortage.over_high, shortage.over_budget, 0), among):
             if shortage.met or (guessed >= most and shortage.over_high > 0):
                 break
             picked.append(entry)
             guessed += stepwise or not _certain(entry)
             shortage = shortage.after(entry)
-        if whole and not shortage.met and not guessed:
+        if whole and not shortage.met and not self.suffices(lacking):
             return []
         for entry in picked[-2::-1]:  # the last one may make earlier ones needless: those worth most are spared first
             spared = shortage.without(entry)
@@ -124,13 +124,12 @@ class Choosing(Generic[T]):
         return [entry for entry in picked if self._residents.retire(entry, shortage.reason)]
 
     def suffices(self, shortage: Shortage) -> bool:
-        """Whether all that may go now would be enough; with a footprint that was only guessed it may be."""
-        for entry in self._residents.entries():
-            if not entry.holds:
-                if not _certain(entry) and shortage.over_high > 0:
-                    return True
-                shortage = shortage.after(entry)
-        return shortage.met
+        """Whether all that may go now would be enough; for the watermark it may be where a footprint was guessed."""
+        idle = [entry for entry in self._residents.entries() if not entry.holds]
+        for entry in idle:
+            shortage = shortage.after(entry)
+        guessed = any(not _certain(entry) for entry in idle)
+        return (guessed or shortage.over_high <= 0) and shortage.over_budget <= 0 and shortage.over_count <= 0
 
     def _ranked(self, need: int, among: Collection[str] | None) -> Iterator[Entry[T]]:
         residents = self._residents

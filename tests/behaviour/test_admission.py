@@ -124,6 +124,20 @@ def test_nothing_goes_where_it_would_not_suffice(make_cache: MakeCache, spawn: S
     assert sized.alive == "bcd"
 
 
+def test_nothing_goes_for_a_budget_that_a_lease_fills(make_cache: MakeCache) -> None:
+    """Where leases leave too little of the budget, all stays, also those whose footprints were only guessed."""
+    book, source = Book(), DictSource().add("a", size=40).add("b", size=100).add("c", size=60)
+    cache = make_cache(source, book, memory={"gauge": FakeGauge(), "budget": 160, "interval": 0.05})
+    cache.get("a")
+    with cache.lease("b"):
+        assert [row.in_use for row in cache.models()] == ["estimate", "estimate"]
+        cache.memory.budget = 150
+        with pytest.raises(NoRoom, match="'b'"):
+            cache.get("c")
+        assert book.alive == ["a", "b"]
+    assert cache.get("c").model == "c"
+
+
 def test_too_large_leaves_the_others(make_cache: MakeCache) -> None:
     """F017: a model larger than the limit is refused before it is loaded, with its figures; the others stay."""
     sized = Sized(make_cache, {"a": 100, "b": 900})
@@ -190,7 +204,8 @@ def learned(make_cache: MakeCache, **more: int) -> Sized:
     sizes = {model: size * mib for model, size in more.items()}
     memory = {"high": 800 * mib, "low": 400 * mib, "interval": 0.05}
     sized = Sized(make_cache, sizes, limit=1000 * mib, memory=memory)
-    sized.cache._parts.residents.footprints._peaks.extend([2.0] * 8)  # only a real process has peaks to learn from
+    for _ in range(8):  # only a real process has peaks to learn from
+        sized.cache._parts.residents.footprints._peaks.add("txt", 2.0)
     return sized
 
 

@@ -275,7 +275,8 @@ class Flights(Generic[T]):
         running = sum(other.claimed and other.parent is None for other in self.active.values())
         for other in others:
             queued = not other.claimed and running >= self._loaders
-            if not (queued or other.state == "waiting for room" or other.blocked_on):
+            blocked = any(not ahead.landed for ahead in other.blocked_on)  # its loader may not have woken up yet
+            if not (queued or other.state == "waiting for room" or blocked):
                 return False
         waiting: set[object] = set(self.closers)
         for stuck in [*mine, *others]:

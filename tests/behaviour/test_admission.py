@@ -238,6 +238,29 @@ def test_estimated_peak_of_a_part(make_cache: MakeCache) -> None:
 # What was taken beyond what was expected
 
 
+def test_newcomer_waits_for_a_loader_whose_part_has_landed(make_cache: MakeCache, spawn: Spawn) -> None:
+    """A load without room is not refused while a loader under way, whose part is there now, will give it room."""
+    cache: list[Any] = []
+    with Gate("whole") as gate:
+
+        def ask(model: str) -> None:
+            gate(model)
+            if model == "whole":
+                cache[0].get("part")
+
+        book = Book()
+        book.gate = ask
+        source = DictSource().add("whole", "part", size=300).add("other", size=600)
+        memory = {"gauge": FakeGauge(limit=10_000), "budget": 800, "interval": 0.05}
+        cache.append(make_cache(source, book, memory=memory))
+        whole = spawn(cache[0].get, "whole")
+        gate.wait()
+        other = spawn(cache[0].get, "other")
+        eventually(lambda: any(row.state == "waiting for room" for row in cache[0].models()))
+    assert [whole.result().model, other.result().model] == ["whole", "other"]
+    assert book.loads == ["part", "whole", "other"]
+
+
 def test_deficit_is_worked_off_by_just_enough(make_cache: MakeCache) -> None:
     """Where a load took more than was expected the monitor evicts what is missing, not down to ``low``."""
     sized = Sized(make_cache, dict.fromkeys("abcdefgh", 100), memory={"interval": 0.05})

@@ -131,7 +131,8 @@ class Flight(Generic[T]):
     def threads(self) -> set[object]:
         """Return the identities of the threads that wait for it or its ancestors, and that run them."""
         chain = [self, *self.ancestors()]
-        return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain))
+        watching = [watcher.threads() for flight in chain for watcher in flight.watchers]
+        return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain), *watching)
 
     def ancestors(self) -> "set[Flight[T]]":
         """Return the flights whose loaders, one inside the other, asked for this one."""

@@ -75,11 +75,17 @@ class Loader(Generic[T]):
     closed: Callable[[], bool]
     landed: Callable[[], None]
 
-    def run(self, flight: Flight[T]) -> None:
-        """Run a flight to its end, unless another thread has it; never raises."""
+    def run(self, flight: Flight[T], parent: Flight[T] | None = None) -> None:
+        """Run a flight to its end, unless another thread has it; never raises.
+
+        Args:
+            flight: what to run.
+            parent: the flight whose loader waits for it on this thread, where it did not ask for it as it began.
+        """
         with self.guard:
             if not self.flights.claim(flight):
                 return
+            flight.parent = flight.parent or parent
         flight.context.run(self._run, flight)
         if flight.parent is None:
             self.teller.drop()

@@ -1,7 +1,8 @@
 """What is ordered of a cache beside lookups: bring models in ahead of time, drop them from memory or from disk."""
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from modelcache.errors import CacheClosed, ModelCacheError, Timeout
@@ -56,19 +57,33 @@ class Orders:
         elif new or not flight.claimed:
             self._parts.give_to_worker(flight, urgent=False)
 
-    def _help(self, handle: Prefetch, models: Iterable[str]) -> None:
-        """Before a wait: run its flights here where this is a thread of the cache, which must not wait for others."""
-        parts = self._parts
+    @contextlib.contextmanager
+    def _help(self, handle: Prefetch, models: Iterable[str]) -> Iterator[None]:
+        """Around a wait: run its flights here where this is a thread of the cache, which must not wait for others.
+
+        A loader is known to wait for them until the wait ends.
+        """
+        parts, ahead = self._parts, set()
         asker = parts.flights.running()
-        for model in models:
-            with parts.guard:
-                flight = parts.flights.active.get(model)
-                circle = parts.flights.circle(flight, asker) if flight is not None and asker is not None else None
-                parts.guard.notify()  # whoever waits for room learns that one more thread waits
-            if circle is not None:
-                handle.finished(model, circle)
-            elif flight is not None and (asker is not None or parts.workers.own()):
-                parts.loader.run(flight)
+        try:
+            for model in models:
+                with parts.guard:
+                    flight = parts.flights.active.get(model)
+                    circle = parts.flights.circle(flight, asker) if flight is not None and asker is not None else None
+                    if flight is not None and asker is not None and circle is None:
+                        ahead.add(flight)
+                        asker.blocked_on.add(flight)
+                    parts.guard.notify()  # whoever waits for room learns that one more thread waits
+                if circle is not None:
+                    handle.finished(model, circle)
+                elif flight is not None and (asker is not None or parts.workers.own()):
+                    parts.loader.run(flight, asker)
+            yield
+        finally:
+            if asker is not None:
+                with parts.guard:
+                    asker.blocked_on -= ahead
+                    parts.guard.notify()
 
     def _drop_prefetch(self, handle: Prefetch, models: Iterable[str]) -> None:
         """Stop the flights that only this prefetch wanted."""

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import attrs
 
@@ -55,7 +56,7 @@ class Prefetch:
         self,
         models: Iterable[str],
         drop: Callable[["Prefetch", Iterable[str]], None],
-        wait_for: Callable[["Prefetch", Iterable[str]], None],
+        wait_for: Callable[["Prefetch", Iterable[str]], AbstractContextManager[None]],
     ) -> None:
         self._make_lock()
         self._open = set(models)
@@ -112,8 +113,7 @@ class Prefetch:
             self._waiting = self._waiting | {me()}
             still = set(self._open)
         try:
-            self._wait_for(self, still)
-            with self._lock:
+            with self._wait_for(self, still), self._lock:
                 return self._changed.wait_for(lambda: not self._open, limit)
         finally:
             with self._lock:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from modelcache import InvalidModelId, LoadFailed, ModelCache, ModelNotFound, NoRoom, Prefetch
-from tests.support.fakes import Book, DictSource, MakeCache
+from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
 from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
 
@@ -266,3 +266,69 @@ def test_prefetch_is_told_as_the_reason(make_cache: MakeCache) -> None:
         ("Loaded", "prefetch"),
     ]
     assert cache.stats().misses == 0
+
+
+# Waits in the user's own code
+
+
+@pytest.mark.parametrize("back", ["prefetch", "get"])
+def test_circle_of_loaders_that_wait(make_cache: MakeCache, back: str) -> None:
+    """Loaders that wait for each other, one of them for a prefetch, are told so as with lookups, and do not hang."""
+    cache: list[ModelCache[Any]] = []
+
+    def ask(model: str) -> None:
+        if model == "b" and back == "get":
+            cache[0].get("a", timeout=2.0)
+            return
+        handle = cache[0].prefetch(["b" if model == "a" else "a"])
+        assert handle.wait(2.0)
+        for error in handle.errors.values():
+            raise error
+
+    book = Book()
+    book.gate = ask
+    cache.append(make_cache(book=book))
+    with pytest.raises(LoadFailed, match="circle: 'b' -> 'a' -> 'b'"):
+        cache[0].get("a")
+
+
+def test_part_that_a_loader_waits_for_goes_first(make_cache: MakeCache, spawn: Spawn) -> None:
+    """What a loader waits for does not stand in line behind a load that waits for the room of that very loader."""
+    cache: list[ModelCache[Any]] = []
+    with Gate("whole") as gate:
+
+        def ask(model: str) -> None:
+            gate(model)
+            if model == "whole":
+                assert cache[0].prefetch(["part"]).wait(2.0)
+
+        book = Book()
+        book.gate = ask
+        source = DictSource().add("whole", "part", size=300).add("other", size=600)
+        memory = {"gauge": FakeGauge(limit=10_000), "budget": 800, "interval": 0.05}
+        cache.append(make_cache(source, book, memory=memory))
+        whole = spawn(cache[0].get, "whole")
+        gate.wait()
+        other = spawn(cache[0].get, "other")
+        eventually(lambda: any(row.state == "waiting for room" for row in cache[0].models()))
+    assert [whole.result(WAIT).model, other.result(WAIT).model] == ["whole", "other"]
+    assert book.loads == ["part", "whole", "other"]
+
+
+@pytest.mark.parametrize(("model", "error"), [("a", None), ("b", NoRoom)])
+def test_wait_in_unload(make_cache: MakeCache, model: str, error: type[Exception] | None) -> None:
+    """``unload=`` may wait for that model, which is loaded anew; for another, to which it gives no room, it is told."""
+    cache: list[ModelCache[Any]] = []
+    handles: list[Prefetch] = []
+
+    def unload(_: object) -> None:
+        if not handles:
+            handles.append(cache[0].prefetch([model]))
+            assert handles[0].wait(2.0)
+
+    book = Book(unload=unload)
+    cache.append(make_cache(book=book, memory={"gauge": FakeGauge(), "max_models": 2 if model == "a" else 1}))
+    cache[0].get("a")
+    assert cache[0].unload("a")
+    assert cache[0].stats().unload_errors == 0
+    assert [type(failure) for failure in handles[0].errors.values()] == ([] if error is None else [error])

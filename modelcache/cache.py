@@ -197,7 +197,7 @@ class ModelCache(Generic[T]):
             timeout: seconds to wait in place of the cache's own; None: for ever. It goes on when that ends.
 
         Returns:
-            Whether there was a new version; False also for a model in no tier.
+            Whether there was a new version; False also for a model that is in no tier, nor on its way there.
 
         Raises:
             ModelCacheError: as ``get``.

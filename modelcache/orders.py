@@ -134,7 +134,7 @@ class Orders:
         return renewed
 
     def _board(self, model: str, watcher: Refreshing) -> tuple[Flight[Any] | None, bool, bool]:
-        """Wait for a model's flight, a new one where there is none; None for a model that is in no tier.
+        """Wait for a model's flight, a new one where there is none; None for a model in no tier nor on its way.
 
         Returns:
             The flight; whether it is new; whether it will ask the source only from now on.
@@ -143,7 +143,8 @@ class Orders:
         with parts.guard:
             if parts.closed:
                 raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
-            if model not in parts.residents.resident and model not in parts.shelf.index.present():
+            tiers = (parts.residents.resident, parts.shelf.index.present(), parts.flights.active)
+            if not any(model in tier for tier in tiers):  # one on its way may have asked the source before the upload
                 return None, False, False
             asker = parts.flights.running()
             flight, new = parts.flights.start(model, Reason.REFRESH, to_memory=False, parent=asker)

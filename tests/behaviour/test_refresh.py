@@ -82,6 +82,23 @@ def test_no_tier(make_cache: MakeCache) -> None:
     assert source.finds == ["a"]
 
 
+def test_upload_during_the_first_fetch(make_cache: MakeCache, spawn: Spawn) -> None:
+    """A model on its way to its first tier is waited for and asked for again: the fetch may be of the old version."""
+    source = DictSource().add("a", size=10)
+    with Gate() as gate:
+        source.gate = gate
+        cache = make_cache(source)
+        first = spawn(cache.get, "a")
+        gate.wait()
+        source.artifacts["a"], source.gate = tar({"model.txt": bytes(20)}), None
+        refreshed = spawn(cache.refresh, "a")
+        flight = cache._parts.flights.active["a"]
+        eventually(lambda: flight.watchers or refreshed.done())
+    assert first.result().model == "a"
+    assert refreshed.result()
+    assert cache.get("a").size == 20
+
+
 def test_same_version_tells_nothing(make_cache: MakeCache) -> None:
     """Where the source has nothing new nothing happens, and looking is no use of the model."""
     cache = make_cache()

@@ -4,6 +4,7 @@ It acts, outside the guard, on what ``memory.choosing`` decides under it. Limits
 outside, are ``memory.room``.
 """
 
+import math
 import time
 from typing import Generic, Protocol, TypeVar
 
@@ -263,9 +264,9 @@ _SETTING = {
 
 def _sober(plan: Plan, limits: Limits) -> Plan:
     """Return the plan of a load, which what other models became may not make larger than half of what is allowed."""
-    if plan.sure:
+    if plan.sure or limits.most == math.inf:
         return plan
-    return attrs.evolve(plan, resident=min(plan.resident, max(plan.artifact, limits.high // 2)))
+    return attrs.evolve(plan, resident=min(plan.resident, max(plan.artifact, int(limits.most // 2))))
 
 
 def _peak(plan: Plan, limits: Limits) -> int:

@@ -115,6 +115,15 @@ def test_kinds_of_artifacts_are_told_apart(make_cache: MakeCache, tmp_path: Path
         assert row(cache, model).estimate == pytest.approx(size * MIB, rel=0.01)
 
 
+def test_estimate_is_no_reason_to_refuse(make_cache: MakeCache) -> None:
+    """A model whose artifact fits in the budget is loaded, and measured, whatever others became of theirs."""
+    source = DictSource().add("a", "b", "c", size=2 * MIB).add("x", size=4 * MIB)
+    cache = make(make_cache, Scales(a=40, b=40, c=40, x=5), source, memory={"budget": 60 * MIB})
+    for model in "abcx":
+        cache.get(model)
+    assert row(cache, "x").bytes == 5 * MIB
+
+
 def test_gauge_that_fails_leaves_the_estimate(make_cache: MakeCache) -> None:
     """Where the gauge can't be read after a load nothing is learned, and the model is served."""
     scales = Scales(a=30)

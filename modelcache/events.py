@@ -135,13 +135,12 @@ class Event:
 
     def _figures(self) -> str:
         if self.used is None or self.high is None:
-            return ""
+            return f"for {self.for_model!a}" if self.for_model else ""
         show = str if self.reason is Reason.MAX_MODELS else format_bytes
         figures = f"used {show(self.used)}"
         if self.need:
             figures += f" + {show(self.need)}" + (f" for {self.for_model!a}" if self.for_model else "")
-        crossed = self.reason is not None and self.reason.was_eviction
-        return f"{figures} {'>' if crossed else 'of'} {show(self.high)}"
+        return f"{figures} {'>' if self.used + (self.need or 0) > self.high else 'of'} {show(self.high)}"
 
 
 @attrs.frozen(kw_only=True, str=False)

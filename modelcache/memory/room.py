@@ -157,9 +157,7 @@ class Room(Generic[T]):
                 entry.tick = now if entry.holds else entry.tick  # a lease is use to its end
             due = now - after
             idle = [entry for entry in self._residents.resident.values() if entry.tick <= due and not entry.holds]
-            count = self._residents.count()
-            figures = {"used": count, "need": 0, "limit": count, "high": count}
-            shortage = Shortage(False, 0, 0, len(idle), Reason.IDLE, figures)  # noqa: FBT003 - its first field
+            shortage = Shortage(False, 0, 0, len(idle), Reason.IDLE, {})  # noqa: FBT003 - its first field
             victims = [entry for entry in idle if self._residents.retire(entry, Reason.IDLE)]
             self._evictor.announce(victims, shortage, None)
         if victims:
@@ -167,8 +165,7 @@ class Room(Generic[T]):
 
     def make(self, amount: int, for_model: str) -> None:
         """Evict models of ``amount`` bytes, whatever the gauge says: a load has just run out of memory."""
-        figures = {"used": 0, "need": amount, "limit": 0, "high": 0}
-        shortage = Shortage(False, 0, amount, 0, Reason.MEMORY_ERROR, figures)  # noqa: FBT003 - its first field
+        shortage = Shortage(False, 0, amount, 0, Reason.MEMORY_ERROR, {"need": amount})  # noqa: FBT003 - its first field
         with self._guard:
             self._residents.drain()
             victims = self._choosing.choose(shortage, 1)

@@ -547,7 +547,7 @@ def test_evicted_model_is_freed_before_the_next_is_loaded(make_cache: MakeCache)
 
 
 def test_reclaimed_says_what_came_back(make_cache: MakeCache) -> None:
-    """Reclaimed compares what a batch promised with what the gauge fell by."""
+    """Reclaimed compares what a batch promised with what the gauge fell by, and says whether that was enough."""
     book = Book()
     gauge = FakeGauge(lambda: book.bytes + 7 * len(book.unloads), 1000)
     source = DictSource().add(*"abcd", size=100).add("big", size=300)
@@ -567,6 +567,10 @@ def test_reclaimed_says_what_came_back(make_cache: MakeCache) -> None:
     assert sum(event.models for event in batches) == len(gone)
     assert sum(event.promised for event in batches) == sum(event.bytes or 0 for event in gone)
     assert sum(event.freed for event in batches) == 93 * len(gone)
+    assert batches[-1].used is not None
+    assert batches[-1].used < 400
+    assert str(batches[-1]).endswith(f"used {batches[-1].used} B of 400 B")
+    assert str(gone[-1]).endswith("+ 300 B for 'big' > 400 B")
 
 
 def test_unload_runs_on_the_thread_that_caused_it(make_cache: MakeCache) -> None:

@@ -65,6 +65,7 @@ def test_idle_models_go(make_cache: MakeCache) -> None:
     assert event.model == "b"
     assert event.reason is Reason.IDLE
     assert event.reason.was_eviction
+    assert str(event).endswith("(memory): idle")
     eventually(lambda: not book.alive)
     assert cache.stats().reloads == 0
 
@@ -205,6 +206,7 @@ def test_memory_error_is_tried_once_more(make_cache: MakeCache) -> None:
     cache.get("tight")
     assert tries == ["a", "tight", "tight"]
     assert [(event.model, event.reason, event.for_model) for event in told] == [("a", Reason.MEMORY_ERROR, "tight")]
+    assert str(told[0]).endswith("(memory): memory error: for 'tight'")
     try:
         cache.get("never")
     except Exception as error:  # noqa: BLE001 - looked at below

@@ -131,12 +131,12 @@ class Event:
         return " ".join(word for word in words if word) + "".join(f": {part}" for part in self._details() if part)
 
     def _details(self) -> list[str]:
-        return [str(self.reason or ""), self._figures()]
+        return [str(self.reason or ""), self._figures(counted=self.reason is Reason.MAX_MODELS)]
 
-    def _figures(self) -> str:
+    def _figures(self, *, counted: bool = False) -> str:
         if self.used is None or self.high is None:
             return f"for {self.for_model!a}" if self.for_model else ""
-        show = str if self.reason is Reason.MAX_MODELS else format_bytes
+        show = str if counted else format_bytes
         figures = f"used {show(self.used)}"
         if self.need:
             figures += f" + {show(self.need)}" + (f" for {self.for_model!a}" if self.for_model else "")
@@ -181,6 +181,8 @@ class Evicted(Event):
 @attrs.frozen(kw_only=True, str=False)
 class Reclaimed(Event):
     """A batch of evictions is over, and freed heap was given back to the system.
+
+    ``used``, ``limit``, ``high`` and ``low`` are those of the memory, after it and whatever the reason.
 
     Attributes:
         promised: bytes that the footprints of the evicted models promised.

@@ -138,7 +138,9 @@ def test_effect_is_complete_when_the_assignment_returns(
     assert cache.stats().models == 3
     events = cache.history()
     assert [event.model for event in events if isinstance(event, Evicted)] == list("abcde")
-    assert sum(event.models for event in events if isinstance(event, Reclaimed)) == 5
+    batches = [event for event in events if isinstance(event, Reclaimed)]
+    assert sum(event.models for event in batches) == 5
+    assert str(batches[-1]).endswith(f"used 300 B of {cache.memory.high} B")
 
 
 @lower

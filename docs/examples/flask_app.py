@@ -157,8 +157,12 @@ def add_operations(app: Flask, cache: ModelCache[Any]) -> None:
     def memory() -> dict[str, Any]:
         """Retune the running cache: what must go has gone when this answers."""
         wanted, names = request.get_json(), ("high", "low", "budget", "max_models")
-        if unknown := wanted.keys() - set(names):
-            abort(400, f"unknown: {', '.join(sorted(unknown))}")
-        for name, value in wanted.items():
-            setattr(cache.memory, name, value)
+        if not isinstance(wanted, dict) or (wanted.keys() - set(names)):
+            abort(400, f"send some of {', '.join(names)}")
+        MemoryTier(**wanted)  # refuses what can't work before anything has changed
+        if {"high", "low"} <= wanted.keys():
+            cache.memory.low = None  # follows high: so a pair below, or above, the present one may come in this order
+        for name in names:
+            if name in wanted:
+                setattr(cache.memory, name, wanted[name])
         return {name: getattr(cache.memory, name) for name in names}

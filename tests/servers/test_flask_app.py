@@ -267,6 +267,12 @@ def test_refusals(s3_moto: Store, fill: Callable[[Store], Bucket], serve: Serve)
         assert client("POST", "/models/team/m1/predict", [1])[0] == 400
         assert client("PATCH", "/memory", {"high": "most of it"})[0] == 400
         assert client("PATCH", "/memory", {"height": 1})[0] == 400
+        assert client("PATCH", "/memory", ["high"])[0] == 400
+        assert client("PATCH", "/memory", {"high": "5 GiB", "max_models": "many"})[0] == 400  # all or none
+        for low, high in ((4, 5), (1, 2), (6, 7)):  # a pair beside the last one
+            _, limits = client("PATCH", "/memory", {"low": f"{low} GiB", "high": f"{high} GiB"})
+            assert (limits["low"], limits["high"]) == (low * 2**30, high * 2**30)
+        assert client("PATCH", "/memory", {"low": None})[0] == 200
         status, answer = client("PATCH", "/memory", {"high": "3 GiB", "max_models": 4})
         assert (status, answer["high"], answer["max_models"]) == (200, 3 * 2**30, 4)
 

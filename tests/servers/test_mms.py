@@ -166,6 +166,24 @@ def test_refusals(server: mms.Server, bucket: Bucket, module: types.ModuleType) 
     assert server.workers() == before
 
 
+def test_limits(server: mms.Server) -> None:
+    """Limits in the file replace those before, in whatever order they come; what can't all work changes nothing."""
+
+    def told(text: str) -> bool:
+        server.predict(MODELS[1], 5)
+        return text in server.log("model_log")
+
+    for low, high in ((4, 5), (1, 2), (6, 7)):
+        server.limit(low=low * 2**30, high=high * 2**30)
+        eventually(lambda: told(f"limits are now {{'high': {high * 2**30}, 'low': {low * 2**30}"))  # noqa: B023 - at once
+    server.limit(high="5 GiB", max_models="many")
+    eventually(lambda: told("limits.json: max_models='many' must be a whole number above 0"))
+    server.limit(max_models=3)
+    eventually(
+        lambda: told(f"limits are now {{'high': {7 * 2**30}, 'low': {6 * 2**30}, 'budget': None, 'max_models': 3")
+    )
+
+
 def test_model_named_in_the_body(server: mms.Server) -> None:
     """Without the header the model is the one that the body names; the header goes first, in any case of letters."""
     body = {"model": MODELS[1], "inputs": [5]}

@@ -106,20 +106,35 @@ class Limits:
         """Retune the memory tier if the file has changed: what must go has gone when this returns."""
         try:
             if self._path is not None and self._changed(self._path):
-                for name, value in json.loads(self._path.read_bytes()).items():
-                    if name not in LIMITS:
-                        raise ConfigError(f"{name!r:.100} is not one of {', '.join(LIMITS)}")
-                    setattr(memory, name, value)
+                retune(memory, json.loads(self._path.read_bytes()))
                 log.info("limits are now %s", {name: getattr(memory, name) for name in LIMITS})
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, AttributeError) as error:  # half written, say: the next change is looked at again
+        except (OSError, ValueError) as error:  # half written, say: the next change is looked at again
             log.warning("limits in %s: %s", self._path, error)
 
     def _changed(self, path: Path) -> bool:
         found, before = path.stat(), self._seen
         self._seen = (found.st_ino, found.st_mtime_ns, found.st_size)
         return self._seen != before
+
+
+def retune(memory: MemoryTier, wanted: Any) -> None:
+    """Set the limits that are named, all or none; what is not named stays as it is.
+
+    Raises:
+        ConfigError: one of them can't work.
+    """
+    if not isinstance(wanted, dict):
+        raise ConfigError('no JSON object like {"high": "2 GiB"}')
+    if unknown := sorted(wanted.keys() - set(LIMITS)):
+        raise ConfigError(f"{unknown[0]!r:.100} is not one of {', '.join(LIMITS)}")
+    MemoryTier(**wanted)  # refuses what can't work before anything has changed
+    if {"high", "low"} <= wanted.keys():
+        memory.low = None  # follows high: so a pair below, or above, the present one may come in this order
+    for name in LIMITS:
+        if name in wanted:
+            setattr(memory, name, wanted[name])
 
 
 class Router:

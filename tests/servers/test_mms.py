@@ -159,6 +159,9 @@ def test_refusals(server: mms.Server, bucket: Bucket, module: types.ModuleType) 
     assert refusal(*server.predict("team/broken", 1)) == (500, "AttributeError")
     for body in (b'{"inputs": [', b"", b"[1]", b'{"inputs": 1}', b'{"inputs": [1]}', b"\xff"):
         assert refusal(*server.request("POST", "/predictions/router", body)) == (400, "Refused")
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl says if it is told nothing
+    _, reply = server.request("POST", "/predictions/router", b'{"inputs": [1]}', form)
+    assert "send it with Content-Type: application/json" in reply["message"]
     server.limit(height=1)  # told in the log, and of no other effect
     for _ in range(4):
         assert server.predict(MODELS[1], 5) == answer(1, 5)

@@ -188,7 +188,9 @@ def parse(request: dict[str, Any], headers: dict[str, Any]) -> tuple[str, list[A
     Raises:
         Refused: there is no such thing in it.
     """
-    body = request.get("body", b"")
+    if "body" not in request:  # curl -d alone announces a form, which MMS takes apart
+        raise Refused("no body: send it with Content-Type: application/json")
+    body = request["body"]
     try:
         body = body if isinstance(body, dict) else json.loads(body)  # a dict: with decode_input_request=true
     except ValueError as error:

@@ -239,6 +239,11 @@ class Admission(Generic[T]):
             why = "others wait for room before it: ask again"
         elif holders:
             why = f"leases hold {format_holders(holders)}: release leases, or raise {setting}"
+        elif shortage.reason is Reason.WATERMARK and (lingering := self._residents.lingering.bytes()):
+            why = (
+                f"evicting did not help, as somebody still references evicted models of {format_bytes(lingering)}: "
+                f"drop these references, use lease() rather than get(), or raise {setting}"
+            )
         elif self._residents.tracked():
             why = f"evicting did not help: free memory elsewhere in this process, or raise {setting}"
         else:

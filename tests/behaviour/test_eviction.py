@@ -349,6 +349,28 @@ def test_pressure_says_what_lingers(make_cache: MakeCache) -> None:
     held.clear()
 
 
+def test_refusal_names_what_lingers(make_cache: MakeCache) -> None:
+    """Where evicted models that somebody still holds are in the way, the refusal says so."""
+    alive: weakref.WeakSet[Thing] = weakref.WeakSet()
+
+    def load(path: Any, model: str) -> Thing:
+        alive.add(made := Thing())
+        return made
+
+    book = Book(load=load)
+    cache = make_cache(
+        DictSource().add("a", "b"),
+        book,
+        size_of=lambda model, path: 100,
+        memory={"high": 150, "gauge": FakeGauge(lambda: 100 * len(alive)), "interval": 0.02},
+    )
+    kept = cache.get("a")
+    with pytest.raises(NoRoom, match="somebody still references evicted models of 100 B") as refused:
+        cache.get("b")
+    assert "without any model" not in str(refused.value)
+    assert kept in alive
+
+
 def test_f013_leaking_loads_are_served_on(make_cache: MakeCache) -> None:
     """F013: where each load leaks a part of what it took, models pass through until room is gone; then it says so."""
     leaked = [0]

@@ -6,6 +6,7 @@ from typing import Any
 
 from modelcache.events import Event, Evicted, Failed, Fetched, Loaded, Reason, Unloaded
 from modelcache.flights import Flight
+from modelcache.gauges.limits import MACHINE
 from modelcache.machinery import Machinery
 from modelcache.memory.entries import Entry
 from modelcache.memory.footprints import Known
@@ -234,7 +235,7 @@ def _state(parts: Machinery[Any], limits: Limits) -> Iterator[str]:
     if reading is None:
         yield "Memory in use can't be read now, so that no watermark holds"
     else:
-        where = f" (set by {source})" if source else ""
+        where = f" (set by {'the ' if source == MACHINE else ''}{source})" if source else ""
         yield (
             f"Memory: {format_bytes(reading.used)} in use, high {format_bytes(limits.high)}, "
             f"low {format_bytes(limits.low)}, limit {format_bytes(reading.limit)}{where}"

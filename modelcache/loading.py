@@ -282,11 +282,11 @@ class Loader(Generic[T]):
             raise
         except BaseException as error:  # SystemExit too: a loader does not end the server
             clear_frames(error)
-            raise LoadFailed(
-                f"load of model {model!a} from {path} raised {type(error).__name__}: {text_of(error)}; if the artifact "
-                f"is broken, repair it at the source, then delete({model!a}) so that it is fetched anew",
-                model=model,
-            ) from error
+            said = ": ".join(filter(None, (type(error).__name__, text_of(error))))
+            remedy = f"if the artifact is broken, repair it at the source, then refresh({model!a})"
+            if isinstance(error, MemoryError) and not isinstance(error, ModelCacheError):
+                remedy = "lower memory.high so that more is free for it, or load it in a way that takes less"
+            raise LoadFailed(f"load of model {model!a} from {path} raised {said}; {remedy}", model=model) from error
         if value is None:
             raise LoadFailed(
                 f"load of model {model!a} from {path} returned None: does it end without 'return model'?",

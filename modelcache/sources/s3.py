@@ -122,7 +122,7 @@ class S3Source:
                 continue
         version = f" (version {pin})" if pin else ""
         raise ModelNotFound(
-            f"model {model!r}: nothing at {' or '.join(tried)}{version}; upload it there, or set key=",
+            f"model {model!r}: nothing at {' or '.join(tried)}{version}; upload it there, or set S3Source(key=)",
             model=model,
             source=self.url,
             tried=tuple(tried),

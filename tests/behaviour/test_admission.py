@@ -341,6 +341,7 @@ def test_memory_error_twice_is_told(make_cache: MakeCache) -> None:
     with pytest.raises(LoadFailed, match="MemoryError: tight") as failed:
         sized.cache.get("new")
     assert isinstance(failed.value.__cause__, MemoryError)
+    assert "artifact is broken" not in str(failed.value)
     assert sized.cache.stats().memory_reserved == 0
     sized.during = lambda model: None
     sized.get("new")

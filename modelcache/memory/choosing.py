@@ -67,7 +67,8 @@ class Choosing(Generic[T]):
         over_high = used + need - limits.high if limits.reading else 0
         over_budget = tracked + reserved + resident - limits.budget if limits.budget is not None else 0
         over_count = count + models - limits.max_models if limits.max_models is not None else 0
-        if over_high > 0 and limits.reading:
+        lowering = floor is not None and over_budget <= 0 and over_count <= 0
+        if (over_high > 0 or lowering) and limits.reading:
             reason = Reason.WATERMARK
             figures = {"used": used, "need": need, "limit": limits.reading.limit}
             figures |= {"high": limits.high, "low": limits.low}

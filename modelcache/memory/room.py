@@ -97,7 +97,7 @@ class Room(Generic[T]):
                 victims = [] if trim else self._choosing.choose(shortage, most, stepwise=outside)
                 if outside and crossed is None and not trim and shortage.over_high > residents.deficit:
                     floor = limits.low
-                crossed = crossed or (None if trim else shortage)
+                crossed = crossed if trim or shortage.fits else shortage
                 self._evictor.announce(victims, crossed or shortage, None)
                 if not victims and not trim and self._settled(shortage):
                     return

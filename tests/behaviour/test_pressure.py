@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from modelcache import Evicted, Pressure, Reason, Thrashing, Unloaded
+from modelcache import Evicted, Pressure, Reason, Reclaimed, Thrashing, Unloaded
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
 from tests.support.waiting import Gate, Spawn, eventually
 
@@ -40,6 +40,24 @@ def test_one_pressure_an_episode(make_cache: MakeCache) -> None:
     gauge.used = 100
     eventually(lambda: not cache.stats().pressed)
     assert len(told) == 1
+
+
+def test_growth_from_outside_is_the_watermark_down_to_low(make_cache: MakeCache) -> None:
+    """All that leaves between ``high`` and ``low`` leaves for the watermark, with a reading above ``high``."""
+    book, outside = Book(), [0]
+    gauge = FakeGauge(lambda: book.bytes + outside[0], 2000)
+    cache = make_cache(
+        DictSource().add(*"abcdefgh", size=100),
+        book,
+        memory={"high": 1000, "low": 500, "gauge": gauge, "interval": 0.01},
+    )
+    for model in "abcdefgh":
+        cache.get(model)
+    gone, batches = heard(cache, Evicted), heard(cache, Reclaimed)
+    outside[0] = 300
+    eventually(lambda: batches and batches[-1].used <= 500)
+    assert {event.reason for event in [*gone, *batches]} == {Reason.WATERMARK}
+    assert all(event.used > event.high for event in gone)
 
 
 def test_idle_models_go(make_cache: MakeCache) -> None:

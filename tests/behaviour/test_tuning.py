@@ -143,6 +143,15 @@ def test_effect_is_complete_when_the_assignment_returns(
     assert str(batches[-1]).endswith(f"used 300 B of {cache.memory.high} B")
 
 
+def test_each_batch_tells_the_reading_that_decided_it(make_cache: MakeCache) -> None:
+    """Where models leave step by step, each event has what was in use before its step, not before all of them."""
+    book = Book()
+    cache = fill(make_cache, book)
+    cache.memory.high = 300
+    told = [event for event in cache.history() if isinstance(event, Evicted)]
+    assert [(event.model, event.used) for event in told] == [("a", 800), ("b", 700), ("c", 700), ("d", 500), ("e", 500)]
+
+
 @lower
 def test_leases_are_looked_at_again_at_their_release(
     make_cache: MakeCache, change: Callable[[ModelCache[Any]], None]

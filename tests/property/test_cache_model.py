@@ -103,7 +103,7 @@ class Twins(RuleBasedStateMachine):
             refusal = error
         if refusal is not None:
             assert not there, f"NoRoom for {model}, which is in memory"
-            assert self.leased(), "NoRoom, and nobody holds a lease"
+            assert self.may_refuse(refusal), f"{refusal!r}, and nobody holds a lease"
             assert {holder[0] for holder in refusal.holders} <= self.leased()
             return False
         assert value.model == model
@@ -229,6 +229,10 @@ class Twins(RuleBasedStateMachine):
     def leased(self) -> set[str]:
         """Return the models that somebody leases."""
         return {model for model, _, _ in self.leases}
+
+    def may_refuse(self, refusal: NoRoom) -> bool:
+        """Whether there may be no room; a machine that extends this one looks at the refusal."""
+        return bool(self.leased())
 
     def must_be_found(self, model: str) -> bool:
         """Whether a lookup must find a model in memory: not where all that is there are leased, outdated versions."""

@@ -5,6 +5,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class DictSource:
         self.artifacts[model] = data
         self.names[model] = name
         return self
+
+    def closed(self) -> AbstractContextManager[object]:
+        """Return what keeps all threads out of the two lists, so that a child forked meanwhile can go on with them."""
+        return self._lock
 
     def find(self, model: str) -> Artifact:
         """Return the one version there is."""
@@ -187,6 +192,12 @@ class Book:
             return [model for model, value in self._values if not self._left[id(value)]]
 
     @property
+    def values(self) -> list[Any]:
+        """What is loaded now, oldest first."""
+        with self._lock:
+            return [value for _, value in self._values if not self._left[id(value)]]
+
+    @property
     def bytes(self) -> int:
         """Bytes of the ``Model`` objects that are loaded now: for a gauge that follows them."""
         with self._lock:
@@ -195,6 +206,10 @@ class Book:
     def gauge(self, limit: int = 1000) -> FakeGauge:
         """Return a gauge whose reading is the bytes of what is loaded."""
         return FakeGauge(lambda: self.bytes, limit)
+
+    def closed(self) -> AbstractContextManager[object]:
+        """Return what keeps all threads out of the books, so that a child forked meanwhile can go on with them."""
+        return self._lock
 
     def check(self) -> None:
         """Assert that each load had exactly one unload."""

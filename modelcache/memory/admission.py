@@ -27,6 +27,7 @@ from modelcache.units import format_bytes, format_holders
 T = TypeVar("T")
 
 _PATIENCE = 2.0  # seconds for which a load that is to be measured waits to be alone, and for which others leave it so
+_TIDY = 1.0  # seconds between two looks of one that waits at what others freed meanwhile
 
 
 class Applicant(Protocol):
@@ -118,7 +119,7 @@ class Admission(Generic[T]):
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
         residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
-        since, held = time.monotonic(), False
+        since, tidy, held = time.monotonic(), 0.0, False
         while True:
             churn = residents.churn
             applicant.state = "loading"
@@ -156,9 +157,10 @@ class Admission(Generic[T]):
                         losses = losses + 1 if lost else 0
                         held = bool(residents.holding_threads())
                         self._wait(applicant, plan, shortage, losses=losses, rows=rows)
-            if not looked and shortage.over_high > 0:  # dead cycles and freed heap look used, but cost no eviction
-                self._unloader.collect(urgent=True)
+            if not victims and shortage.over_high > 0 and time.monotonic() >= tidy:
+                self._unloader.collect(urgent=True)  # dead cycles and freed heap look used, but cost no eviction
                 self._garbage.give_back()
+                tidy = time.monotonic() + _TIDY
             if losses == 1 and shortage.over_high > 0 and not held:  # it is refused next
                 self._unloader.search(last=True)
             if victims:

@@ -166,7 +166,6 @@ class Forks(Twins):
         if name == "release":
             if self.leases:
                 self.release(argument)
-                self.cache._parts.look()  # the monitor's: it meets the limits that were not met at the fork
         elif name == "delete":
             if any(value.model == argument and value.version == self.current[argument] for value in self.theirs):
                 self.delete_theirs(argument)

@@ -40,7 +40,7 @@ class History(Generic[T]):
         if kept is None:
             return
         with self._guard:
-            self._residents.footprints.recall(model, kept.resident, kept.peak, kept.seconds)
+            self._residents.footprints.recall(model, found.size, kept.resident, kept.peak, kept.seconds)
             if isinstance(self._policy, Worth) and kept.n > 0:
                 self._policy.recall(model, Standing(kept.n, kept.age, kept.idle))
 
@@ -54,7 +54,8 @@ class History(Generic[T]):
             standing = self._policy.standing(entry.model) if isinstance(self._policy, Worth) else None
         if known is None:
             return
-        kept = Figures(resident=known.resident, peak=known.peak, seconds=known.seconds)
+        covers = known.covers(held.size)  # else they are those of a smaller version
+        kept = Figures(known.resident if covers else None, known.peak if covers else None, known.seconds)
         if standing is not None:
             kept = Figures(kept.resident, kept.peak, kept.seconds, standing.n, standing.age, standing.idle)
         figures.write(held.item.published.folder, kept)

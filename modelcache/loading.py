@@ -181,8 +181,8 @@ class Loader(Generic[T]):
         with self.guard:
             known = self.residents.footprints.learn(flight.model, found.size, measured, duration, limits.most)
             keeps = found if isinstance(found, Held) else None
-            sure = known.resident is not None or known.given
-            entry = Entry(self.residents, flight.model, value, known.in_use, duration, sure=sure, keeps=keeps)
+            size, sure = known.expect(found.size), known.sure(found.size)
+            entry = Entry(self.residents, flight.model, value, size, duration, sure=sure, keeps=keeps)
             entry.version = found.version
             entry.latent = min(measured.latent, entry.bytes) if measured is not None else 0
             del value

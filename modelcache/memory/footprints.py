@@ -79,7 +79,7 @@ class Known:
         given: whether ``estimate`` is the user's word.
         resident: measured, blended; None: never measured cleanly.
         peak: measured, blended; None: never.
-        artifact: bytes of the artifact that was measured; 0: none was, or an earlier process did.
+        artifact: bytes of the artifact that was measured; 0: none was.
         doubtful: the last measurement that is not believed, as others loaded meanwhile or as it was above all that is
             allowed; None: none since the last clean one.
         distrusted: such measurements in a row.
@@ -105,6 +105,24 @@ class Known:
     def in_use(self) -> int:
         """The footprint that decisions are made with."""
         return self.estimate if self.resident is None else self.resident
+
+    def growth(self, artifact: int) -> float:
+        """Return how many times as large an artifact is as the one that was measured; 1 where that tells nothing."""
+        return artifact / self.artifact if self.artifact and max(artifact, self.artifact) >= NOISE else 1.0
+
+    def covers(self, artifact: int) -> bool:
+        """Whether the figures are of an artifact of this size, or of a larger one, rather than of a smaller version."""
+        return self.growth(artifact) < _OTHER
+
+    def expect(self, artifact: int) -> int:
+        """Return the footprint to count with for an artifact of this size."""
+        if self.resident is None or self.covers(artifact):
+            return self.in_use
+        return self.estimate if self.given else math.ceil(self.resident * self.growth(artifact))
+
+    def sure(self, artifact: int) -> bool:
+        """Whether that was measured, or given by the user, rather than guessed."""
+        return self.given or (self.resident is not None and self.covers(artifact))
 
 
 class Footprints:
@@ -137,13 +155,7 @@ class Footprints:
         self._known[model] = known = attrs.evolve(known, estimate=estimate, given=given is not None, kind=kind)
         while len(self._known) > _MOST:
             del self._known[next(iter(self._known))]
-        growth = artifact / known.artifact if known.artifact else 1.0
-        same = growth < _OTHER  # else the figures are those of a smaller version
-        resident, peak = known.in_use, known.peak or 0
-        if not same:
-            resident = math.ceil(resident * growth) if given is None else given
-            peak = math.ceil(peak * growth)
-        peak = max(peak, resident)
+        resident, peak = known.expect(artifact), math.ceil((known.peak or 0) * max(known.growth(artifact), 1.0))
         if known.peak is None:
             peak = math.ceil(resident * self._peaks.usual(kind, _CAUTIOUS))
         first = known.resident is None and not known.weighed
@@ -151,8 +163,8 @@ class Footprints:
         return Plan(
             resident=resident,
             peak=max(peak, resident),
-            sure=(known.resident is not None and same) or given is not None,
-            peak_sure=known.peak is not None and same,
+            sure=known.sure(artifact),
+            peak_sure=known.peak is not None and known.covers(artifact),
             artifact=artifact,
             alone=first and (known.distrusted >= _DISTRUSTED or unknown),
             first=first,
@@ -194,7 +206,7 @@ class Footprints:
     def _learn_clean(self, known: Known, artifact: int, measured: Measurement) -> Known:
         self._clean += 1
         self._doubtful = 0
-        if known.artifact and not 1 / _OTHER < artifact / known.artifact < _OTHER:
+        if not 1 / _OTHER < known.growth(artifact) < _OTHER:
             known = attrs.evolve(known, resident=None, peak=None)
         known = attrs.evolve(known, artifact=artifact, doubtful=None, distrusted=0, weighed=True)
         peak = _blend(known.peak, measured.peak) if measured.peak >= NOISE else known.peak
@@ -209,11 +221,11 @@ class Footprints:
         resident = _blend(known.resident, max(measured.resident, NOISE))
         return attrs.evolve(known, resident=resident, peak=max(peak or 0, resident))
 
-    def recall(self, model: str, resident: int | None, peak: int | None, seconds: float) -> None:
-        """Take over what an earlier process measured, unless this one knows better."""
+    def recall(self, model: str, artifact: int, resident: int | None, peak: int | None, seconds: float) -> None:
+        """Take over what an earlier process measured of an artifact of this size, unless this one knows better."""
         known = self._known.get(model, Known())
         if known.resident is None and not known.seconds:
-            self._known[model] = attrs.evolve(known, resident=resident, peak=peak, seconds=seconds)
+            self._known[model] = attrs.evolve(known, artifact=artifact, resident=resident, peak=peak, seconds=seconds)
 
     def forget(self, model: str) -> None:
         """Drop what is known of a model that is in neither tier."""

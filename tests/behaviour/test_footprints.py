@@ -527,3 +527,41 @@ def test_larger_version_needs_more_room(make_cache: MakeCache) -> None:
     with cache.lease("a"):
         assert cache.refresh("a")
     assert there == [False]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_larger_version_that_could_not_be_measured(make_cache: MakeCache, spawn: Spawn, *, restart: bool) -> None:
+    """It counts with what it was expected to take; what was measured of the smaller one is not kept beside it."""
+    source, scales = DictSource().add("a", size=4 * MIB).add("b"), Scales(a=10, b=1)
+    cache = make(make_cache, scales, source)
+    cache.get("a")
+    if restart:
+        cache.close()
+        cache = make(make_cache, scales, source)
+    with Gate("b") as beside:
+        scales.during = beside
+        loading = spawn(cache.get, "b")
+        beside.wait()
+        cache.get("a")
+        source.add("a", size=40 * MIB)
+        scales.takes["a"] = 100 * MIB
+        assert cache.refresh("a")
+        assert row(cache, "a").bytes == 100 * MIB
+    loading.result()
+    cache.close()
+    scales.during = lambda model: (_ for _ in ()).throw(RuntimeError("never mind"))
+    cache = make(make_cache, scales, source)
+    with pytest.raises(LoadFailed):
+        cache.get("a")
+    assert row(cache, "a").measured is None
+
+
+def test_version_of_another_tiny_size(make_cache: MakeCache) -> None:
+    """An artifact too small to tell anything tells nothing by its growth either: no more room is made than before."""
+    source, scales = DictSource().add("a", size=100).add("b"), Scales(a=60, b=60)
+    cache = make(make_cache, scales, source, memory={"high": 200 * MIB})
+    with cache.lease("a"):
+        cache.get("b")
+        source.add("a", size=200)
+        assert cache.refresh("a")
+    assert row(cache, "b").tier == "memory"

@@ -1,6 +1,7 @@
 """What is ordered of a cache beside lookups: bring models in ahead of time, drop them from memory or from disk."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -37,12 +38,20 @@ class Orders:
         self._parts.enter("prefetch")
         if self._parts.closed:
             raise CacheClosed("the cache is closed: make a new ModelCache")
-        handle = Prefetch(models, self._drop_prefetch, self._help)
+        again = functools.partial(self._again, to_memory=to_memory)
+        handle = Prefetch(models, self._drop_prefetch, self._help, again)
         for model in models:
             self._prefetch(model, handle, to_memory=to_memory)
         return handle
 
-    def _prefetch(self, model: str, handle: Prefetch, *, to_memory: bool) -> None:
+    def _again(self, handle: Prefetch, model: str, error: ModelCacheError, *, to_memory: bool) -> bool:
+        """Bring a model in anew whose flight somebody else told to stop; return whether that is so."""
+        if not isinstance(error, Cancelled) or handle.cancelled or self._parts.closed:
+            return False
+        self._prefetch(model, handle, to_memory=to_memory, here=self._parts.workers.own())
+        return True
+
+    def _prefetch(self, model: str, handle: Prefetch, *, to_memory: bool, here: bool = False) -> None:
         """Bring one model in for a prefetch, unless it is there already."""
         with self._parts.guard:
             there = model in self._parts.residents.resident or self._parts.residents.rescue(model) is not None
@@ -54,6 +63,8 @@ class Orders:
                 flight.watchers.add(handle)
         if flight is None:
             handle.finished(model, failure)
+        elif here:  # all other threads of the cache may wait for it
+            self._parts.loader.run(flight)
         elif new or not flight.claimed:
             self._parts.give_to_worker(flight, urgent=False)
 

@@ -57,12 +57,14 @@ class Prefetch:
         models: Iterable[str],
         drop: Callable[["Prefetch", Iterable[str]], None],
         wait_for: Callable[["Prefetch", Iterable[str]], AbstractContextManager[None]],
+        again: Callable[["Prefetch", str, ModelCacheError], bool],
     ) -> None:
         self._make_lock()
         self._open = set(models)
         self._total = len(self._open)
         self._drop = drop
         self._wait_for = wait_for
+        self._again = again
         self._waiting: set[object] = set()
         self.errors: dict[str, ModelCacheError] = {}
         self.cancelled = False
@@ -83,6 +85,8 @@ class Prefetch:
 
     def finished(self, model: str, error: ModelCacheError | None) -> None:
         """Take note that one model has arrived, or failed; called by the cache."""
+        if error is not None and self._again(self, model, error):
+            return
         with self._lock:
             if model in self._open:
                 self._open.discard(model)

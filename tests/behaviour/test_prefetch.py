@@ -224,6 +224,38 @@ def test_lookup_after_cancel_starts_anew(make_cache: MakeCache, source: DictSour
     assert wanted.result(WAIT).model == "a"
 
 
+@pytest.mark.parametrize("loaders", [1, 4])
+def test_prefetch_after_cancel_starts_anew(make_cache: MakeCache, source: DictSource, loaders: int) -> None:
+    """A prefetch that joins a fetch that another one's cancel has stopped brings the model in all the same."""
+    cache = make_cache(source, loaders=loaders)
+    with Gate() as gate:
+        source.gate = gate
+        first = cache.prefetch(["a"])
+        gate.wait()
+        first.cancel()
+        second = cache.prefetch(["a"])
+    assert second.wait(WAIT)
+    assert second.errors == {}
+    assert tiers(cache) == {"a": "memory"}
+
+
+def test_prefetch_that_joins_a_refresh(make_cache: MakeCache, source: DictSource, spawn: Spawn) -> None:
+    """A prefetch that joins a refresh that an unload has stopped brings the model in all the same."""
+    cache = make_cache(source)
+    cache.get("a")
+    with Gate() as gate:
+        source.gate = gate
+        source.add("a", size=20)
+        refreshed = spawn(cache.refresh, "a")
+        gate.wait()
+        assert cache.unload("a")
+        handle = cache.prefetch(["a"])
+    assert handle.wait(WAIT)
+    assert handle.errors == {}
+    assert tiers(cache) == {"a": "memory"}
+    refreshed.result(WAIT)
+
+
 def test_prefetch_past_what_fits(make_cache: MakeCache, book: Book) -> None:
     """A prefetch of more models than fit loads them all in turn, and never more at once than fit."""
     cache = make_cache(book=book, memory={"max_models": 2, "interval": 0.02})

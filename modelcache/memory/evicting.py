@@ -87,7 +87,7 @@ class Evictor(Generic[T]):
             return
         judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
         with self._guard:
-            freed, grain = before.reading.used - after.reading.used, self._grain(after)
+            freed, grain = before.reading.used - after.reading.used, self._grain(after, batch)
             missing = self.futility.missing(seen, freed, explained, grain) if judged and not collected else 0
         if missing and (verging or not vain):
             collected, after = self._search(missing, after.reading.used, last=verging)
@@ -114,14 +114,14 @@ class Evictor(Generic[T]):
                     pressure = self._pressure(after)
         self._teller.tell([event] if pressure is None else [event, pressure])
 
-    def _grain(self, limits: Limits) -> int:
+    def _grain(self, limits: Limits, batch: list[Entry[T]]) -> int:
         """Return the bytes that must leave to tell whether that helps; the guard is held.
 
-        It is what a model of the usual size takes: small ones lie among others on the heap, which stays.
+        It is what a model of the usual size takes: small ones lie among others on the heap, which stays. The middle one,
+        as a single large one would let all small ones go before anything is told.
         """
-        entries = self._residents.entries()
-        usual = sum(entry.bytes for entry in entries) // max(len(entries), 1)
-        return max(limits.high // _GRAIN, usual)
+        sizes = sorted(entry.bytes for entry in [*batch, *self._residents.entries()])
+        return max(limits.high // _GRAIN, sizes[len(sizes) // 2])
 
     def _search(self, missing: int, used: int, *, last: bool) -> tuple[bool, Limits]:
         """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then."""

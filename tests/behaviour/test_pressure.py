@@ -248,3 +248,22 @@ def test_lowering_a_limit_in_vain_empties_nothing(make_cache: MakeCache) -> None
     cache.memory.high = 600
     assert len(book.alive) > 20
     assert len(told) == 1
+
+
+def test_one_large_model_hides_nothing(make_cache: MakeCache) -> None:
+    """Beside one large leased model, small ones whose leaving does not help stay all the same once that is known."""
+    sizes = {"large": 700_000} | {f"small{number}": 7_000 for number in range(20)}
+    gauge = FakeGauge(0, limit=1_000_000)
+    cache = make_cache(
+        DictSource().add(*sizes),
+        size_of=lambda model, path: sizes[model],
+        memory={"gauge": gauge, "high": 900_000, "low": 800_000, "interval": 0.02},
+    )
+    pressures: list[Any] = []
+    cache.on(Pressure, pressures.append)
+    with cache.lease("large"):
+        for model in sizes:
+            cache.get(model)
+        gauge.used = 950_000
+        eventually(lambda: pressures)
+        assert cache.stats().models > 1

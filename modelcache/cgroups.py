@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import attrs
 
+from modelcache.mounts import MOUNTINFO, parse_mounts
+
 _FILES = {
     "v1": ("memory.limit_in_bytes",),
     "v2": ("memory.high", "memory.max"),  # above high the kernel stalls the process: as good as a limit
@@ -22,7 +24,6 @@ _FILES = {
 _USUAL = (("v1", "sys/fs/cgroup/memory"), ("v2", "sys/fs/cgroup"), ("v2", "sys/fs/cgroup/unified"))
 _MOST_BYTES = 1 << 20
 _MOST_FOLDERS = 4_096
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _KERNEL = (b"kernel_stack", b"pagetables", b"sec_pagetables", b"percpu", b"vmalloc", b"slab_unreclaimable")
 
@@ -175,22 +176,14 @@ def _memberships(text: str) -> dict[str, str]:
 def _mounts(root: Path) -> list[_Mount]:
     usual = {root / folder: kind for kind, folder in _USUAL}
     mounts: dict[Path, _Mount] = {}
-    for line in read_text(root / "proc/self/mountinfo").split("\n"):
-        before, _, after = line.partition(" - ")
-        fields, more = before.split(" "), after.split(" ")
-        if len(fields) < 5 or len(more) < 3:  # noqa: PLR2004 - fields of proc(5)
-            continue
-        if more[0] == "cgroup2" or (more[0] == "cgroup" and "memory" in more[2].split(",")):
-            kind = "v2" if more[0] == "cgroup2" else "v1"
-            folder = root / _unescape(fields[4]).lstrip("/")
-            mounts[folder] = _Mount(kind, _unescape(fields[3]), folder, usual=folder in usual)
+    for mount in parse_mounts(read_text(root / MOUNTINFO)):
+        if mount.kind == "cgroup2" or (mount.kind == "cgroup" and "memory" in mount.options.split(",")):
+            kind = "v2" if mount.kind == "cgroup2" else "v1"
+            folder = root / mount.point.lstrip("/")
+            mounts[folder] = _Mount(kind, mount.top, folder, usual=folder in usual)
     for folder, kind in usual.items():
         mounts.setdefault(folder, _Mount(kind, "/", folder, usual=True))
     return list(mounts.values())
-
-
-def _unescape(text: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def _chain(mount: _Mount, path: str) -> Iterator[Path]:

@@ -141,7 +141,8 @@ def _footprint(size: int, known: Known | None) -> str:
     text = f"{text}, guessed from its artifact"
     if known.doubtful is not None:
         seen = format_bytes(known.doubtful)
-        return f"{text} (the {seen} that were measured are not trusted, as other models were loaded meanwhile)"
+        why = "other models were loaded meanwhile" if known.distrusted else "that is more than all models may take"
+        return f"{text} (the {seen} that were measured are not trusted, as {why})"
     return f"{text} (too little to be measured)" if known.weighed else text
 
 

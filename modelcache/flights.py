@@ -109,19 +109,17 @@ class Flight(Generic[T]):
         """Whether anybody still wants it."""
         return bool(self.waiters or self.watchers) and not self.cancelled
 
-    def outcome(self, timeout: float | None) -> ModelCacheError:
-        """Return the error for a caller that leaves without its model."""
+    def outcome(self, timeout: float | None, late: str = "") -> ModelCacheError:
+        """Return the error for a caller that leaves; ``late`` is what to say instead where only its time is over."""
         if self.error is not None:
             return self.error.fresh()
         if self.refusal is not None:
             return self.refusal.fresh()
-        return Timeout(
+        late = late or (
             f"model {self.model!a} was not there after {timeout} s: it is {self.state}, which goes on; "
-            "ask again, raise timeout=, or prefetch it",
-            model=self.model,
-            timeout=timeout,
-            state=self.state,
+            "ask again, raise timeout=, or prefetch it"
         )
+        return Timeout(late, model=self.model, timeout=timeout, state=self.state)
 
     @property
     def landed(self) -> bool:

@@ -164,7 +164,9 @@ class Loader(Generic[T]):
         """Make room, load and land; from then on the entry keeps what was found."""
         given = self._given(flight.model, found)
         self.history.recall(flight.model, found)
-        kind = kind_of(found.path)
+        with self.guard:
+            known = self.residents.footprints.known(flight.model)
+        kind = (known.kind if known is not None else "") or kind_of(found.path)
         with self.guard:
             plan = self.residents.footprints.plan(flight.model, found.size, given, kind)
         check_cancelled(flight)

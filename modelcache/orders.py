@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from modelcache.errors import CacheClosed, ModelCacheError, Timeout
+from modelcache.errors import CacheClosed, ModelCacheError
 from modelcache.events import Reason
 from modelcache.flights import Cancelled, Flight
 from modelcache.freshness import Refreshing, only_refreshes
@@ -137,7 +137,9 @@ class Orders:
                 continue
             parts.pass_on()
             if not arrived:
-                raise _late(flight, timeout)
+                late = f"the refresh of {model!a} was not over after {timeout} s: it is {flight.state}, which goes on, "
+                late += "and the old version is served meanwhile; ask again, or raise timeout="
+                raise flight.outcome(timeout, late)
             if error is not None:
                 raise error.fresh()
             return renewed
@@ -210,16 +212,3 @@ class Orders:
     def _on_disk(self, model: str) -> bool:
         with self._parts.guard:
             return model in self._parts.shelf.index.present()
-
-
-def _late(flight: Flight[Any], timeout: float | None) -> ModelCacheError:
-    """Return the error for a caller whose time has ended."""
-    if flight.refusal is not None:
-        return flight.refusal.fresh()
-    return Timeout(
-        f"the refresh of {flight.model!a} was not over after {timeout} s: it is {flight.state}, which goes on, and the "
-        "old version is served meanwhile; ask again, or raise timeout=",
-        model=flight.model,
-        timeout=timeout,
-        state=flight.state,
-    )

@@ -24,6 +24,7 @@ ORDER = (
     "deliveries",
     "hooks",
     "policies",
+    "mounts",
     "cgroups",
     "gauges",
     "heap",

@@ -5,12 +5,9 @@ Nothing here knows of models; what is done with these is ``disk.store``.
 
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-_OCTAL = re.compile(rb"\\([0-7]{3})")  # how mountinfo writes blanks and backslashes
 
 
 def allocated(folder: Path) -> int:
@@ -83,19 +80,3 @@ def sweep_one(leftover: Path) -> None:
             leftover.unlink()
     finally:
         os.close(descriptor)
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that a folder lies on, as ``/proc/self/mountinfo`` says; empty: not told."""
-    found, length, real = b"", -1, os.fsencode(os.path.realpath(path))
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
-    except OSError:
-        return ""
-    for line in lines:  # proc(5): ... mount point (the fifth) ... - type source options
-        fields, _, rest = line.partition(b" - ")
-        point = _OCTAL.sub(lambda code: bytes([int(code[1], 8)]), (fields.split(b" ") + [b"-"] * 5)[4])
-        inside = real == point or real.startswith(point.rstrip(b"/") + b"/")
-        if inside and len(point) >= length:  # the later of two at one place hides the other
-            found, length = rest.partition(b" ")[0], len(point)
-    return found.decode()

@@ -24,11 +24,12 @@ from pathlib import Path
 import attrs
 
 from modelcache.disk import figures
-from modelcache.disk.files import allocated, file_system, make_folder, same, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, same, sync, sync_tree
 from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record, is_published
 from modelcache.disk.pins import Pin, Pins
 from modelcache.disk.workshop import FOLDER, Workshop
 from modelcache.errors import AccessDenied, ConfigError
+from modelcache.mounts import file_system
 
 _log = logging.getLogger("modelcache")
 _MEMORY = {"tmpfs", "ramfs"}

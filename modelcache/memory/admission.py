@@ -119,8 +119,9 @@ class Admission(Generic[T]):
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
         residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
-        since, tidy, held = time.monotonic(), 0.0, False
+        since, tidy = time.monotonic(), 0.0
         while True:
+            last = False  # whether it is refused next
             churn = residents.churn
             applicant.state = "loading"
             limits = self._tier.limits()
@@ -155,16 +156,16 @@ class Admission(Generic[T]):
                         applicant.state = "waiting for room" if clear else "waiting for a measurement"
                         lost = not rows and self._lost(applicant, shortage, turn=turn)
                         losses = losses + 1 if lost else 0
-                        held = bool(residents.holding_threads())
+                        last = losses == 1 and shortage.over_high > 0 and not residents.holding_threads()
                         self._wait(applicant, plan, shortage, losses=losses, rows=rows)
-            if not victims and shortage.over_high > 0 and time.monotonic() >= tidy:
+            if last:
+                self._unloader.search(last=True)
+            elif not victims and shortage.over_high > 0 and time.monotonic() >= tidy:
                 self._unloader.collect(urgent=True)  # dead cycles and freed heap look used, but cost no eviction
                 self._garbage.give_back()
                 tidy = time.monotonic() + _TIDY
-            if losses == 1 and shortage.over_high > 0 and not held:  # it is refused next
-                self._unloader.search(last=True)
             if victims:
-                most *= 2
+                most, losses = most * 2, 0
                 self._evictor.evict(victims, limits, shortage.reason)
                 if shortage.over_high > 0:
                     self._unloader.collect(urgent=True)

@@ -76,7 +76,7 @@ class Evictor(Generic[T]):
         started, batch = time.monotonic(), list(victims)
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
-            booked, vain, verging = self._residents.occupied(), self.futility.vain, self.futility.verging
+            booked = self._residents.occupied()
         collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
         batch = [entry for entry in batch if entry.begun and entry.retirer is me()]  # the others were asked for again
         promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
@@ -89,8 +89,9 @@ class Evictor(Generic[T]):
         with self._guard:
             freed, grain = before.reading.used - after.reading.used, self._grain(after, batch)
             missing = self.futility.missing(seen, freed, explained, grain) if judged and not collected else 0
-        if missing and (verging or not vain):
-            collected, after = self._search(missing, after.reading.used, last=verging)
+            last = self.futility.verging
+        if missing:
+            collected, after = self._search(missing, after.reading.used, last=last)
         if after.reading is None:
             return
         event = Reclaimed(

@@ -33,17 +33,18 @@ class Futility:
         return self._row >= _ROW and now < self._until
 
     @property
-    def vain(self) -> bool:
-        """Whether the latest round did not help, so that looking for what it left is in vain too."""
-        return self._row > 0
-
-    @property
     def verging(self) -> bool:
         """Whether one more round that does not help begins an episode."""
         return self._row == _ROW - 1
 
     def missing(self, promised: int, freed: int, explained: int, grain: int) -> int:
-        """Return the bytes that have not come back in this round, were it over with a batch like that; else 0."""
+        """Return the bytes that are worth a look, as they have not come back in a round that is over with this batch.
+
+        After a round that did not help another look is in vain, but for the last one before an episode; then, and where
+        enough came back, it is 0.
+        """
+        if self._row > 0 and not self.verging:
+            return 0
         total = self._promised + promised
         missing = total - self._freed - freed - max(self._explained, explained)
         return missing if total >= grain and missing * _MISSED > total else 0

@@ -121,11 +121,14 @@ class Residents(Generic[T]):
 
     def occupied(self) -> int:
         """Return what is tracked, in bytes, but for what was loaded before a fork, which is the parent's."""
-        return sum(0 if entry.inherited else entry.bytes for entry in [*self.entries(), *self.leaving])
+        return sum(entry.bytes for entry in self._own())
+
+    def _own(self) -> list[Entry[T]]:
+        return [entry for entry in [*self.entries(), *self.leaving] if not entry.inherited]
 
     def expect(self, used: int) -> int:
         """Return the bytes that will be in use once every mapped page is, of ``used`` that are now."""
-        own = [entry for entry in [*self.entries(), *self.leaving] if not entry.inherited]
+        own = self._own()
         if not own and not self.reserved:
             self._base = used
         tracked, latent = sum(entry.bytes for entry in own), sum(entry.latent for entry in own)

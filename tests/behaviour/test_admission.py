@@ -238,15 +238,18 @@ def test_estimated_peak_of_a_part(make_cache: MakeCache) -> None:
 # What was taken beyond what was expected
 
 
-def test_newcomer_waits_for_a_loader_whose_part_has_landed(make_cache: MakeCache, spawn: Spawn) -> None:
-    """A load without room is not refused while a loader under way, whose part is there now, will give it room."""
+@pytest.mark.parametrize("verb", ["get", "prefetch"])
+def test_part_goes_first_and_others_wait(make_cache: MakeCache, spawn: Spawn, verb: str) -> None:
+    """What a loader waits for does not stand in line, and who waits for that loader's room is not refused meanwhile."""
     cache: list[Any] = []
     with Gate("whole") as gate:
 
         def ask(model: str) -> None:
             gate(model)
-            if model == "whole":
+            if model == "whole" and verb == "get":
                 cache[0].get("part")
+            elif model == "whole":
+                assert cache[0].prefetch(["part"]).wait(2.0)
 
         book = Book()
         book.gate = ask

@@ -460,6 +460,7 @@ def test_measurement_above_all_that_is_allowed(make_cache: MakeCache) -> None:
     for _ in range(2):  # the second time after a restart, on the same folder
         cache = make(make_cache, scales, memory={"high": 500 * MIB})
         cache.get("a")
+        assert "not trusted, as that is more than all models may take" in cache.explain("a")
         cache.unload("a")
         cache.close()
         scales.used = 0

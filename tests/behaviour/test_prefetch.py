@@ -324,29 +324,6 @@ def test_circle_of_loaders_that_wait(make_cache: MakeCache, back: str) -> None:
         cache[0].get("a")
 
 
-def test_part_that_a_loader_waits_for_goes_first(make_cache: MakeCache, spawn: Spawn) -> None:
-    """What a loader waits for does not stand in line behind a load that waits for the room of that very loader."""
-    cache: list[ModelCache[Any]] = []
-    with Gate("whole") as gate:
-
-        def ask(model: str) -> None:
-            gate(model)
-            if model == "whole":
-                assert cache[0].prefetch(["part"]).wait(2.0)
-
-        book = Book()
-        book.gate = ask
-        source = DictSource().add("whole", "part", size=300).add("other", size=600)
-        memory = {"gauge": FakeGauge(limit=10_000), "budget": 800, "interval": 0.05}
-        cache.append(make_cache(source, book, memory=memory))
-        whole = spawn(cache[0].get, "whole")
-        gate.wait()
-        other = spawn(cache[0].get, "other")
-        eventually(lambda: any(row.state == "waiting for room" for row in cache[0].models()))
-    assert [whole.result(WAIT).model, other.result(WAIT).model] == ["whole", "other"]
-    assert book.loads == ["part", "whole", "other"]
-
-
 @pytest.mark.parametrize(("model", "error"), [("a", None), ("b", NoRoom)])
 def test_wait_in_unload(make_cache: MakeCache, model: str, error: type[Exception] | None) -> None:
     """``unload=`` may wait for that model, which is loaded anew; for another, to which it gives no room, it is told."""

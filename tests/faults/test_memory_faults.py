@@ -7,43 +7,15 @@ from typing import Any
 import pytest
 
 from modelcache import Evicted, NoRoom, Pressure
-from tests.support.children import run
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
+from tests.support.real import run_real
 from tests.support.waiting import Gate, Spawn, eventually
-
-REAL = """
-        import mmap
-        import psutil
-        MIB = 2**20
-        folder = Path(sys.argv[1])
-
-        def rss():
-            return psutil.Process().memory_info().rss
-
-        def models(count, size):
-            names = [f"m{number}" for number in range(count)]
-            for name in names:
-                path = folder / "source" / name / "weights.bin"
-                path.parent.mkdir(parents=True)
-                with path.open("wb") as file:
-                    file.truncate(size)
-            return names
-
-        def cache_of(load, high, **settings):
-            source, disk = LocalSource(folder / "source", copy=False), DiskTier(folder / "disk", min_free=0)
-            return ModelCache(source, load, disk=disk, memory=MemoryTier(high=high, interval=0.05), **settings)
-
-        class Weights:
-            def __init__(self, value):
-                self.value = value
-"""
 
 
 def test_f009_garbage_of_a_load_is_not_its_footprint(tmp_path: Path) -> None:
     """F009: a loader that builds and drops ten times as much leaves a footprint within a fifth of the real one."""
-    run(
-        REAL
-        + """
+    run_real(
+        """
         def load(path):
             for _ in range(5):
                 garbage = [bytes(1000) for _ in range(60_000)]
@@ -65,9 +37,8 @@ def test_f009_garbage_of_a_load_is_not_its_footprint(tmp_path: Path) -> None:
 
 def test_f015_loads_at_once_do_not_share_the_same_room(tmp_path: Path) -> None:
     """F015: eight loads that begin at once stay below ``high``, but for what the first ones were wrong by."""
-    run(
-        REAL
-        + """
+    run_real(
+        """
         barrier = threading.Barrier(8)
         names = models(8, 40 * MIB)
         top = []
@@ -90,9 +61,8 @@ def test_f015_loads_at_once_do_not_share_the_same_room(tmp_path: Path) -> None:
 
 def test_f016_mapped_models_count_before_they_are_touched(tmp_path: Path) -> None:
     """F016: models that map their weights read small; they count in full, so that touching them all is no surprise."""
-    run(
-        REAL
-        + """
+    run_real(
+        """
         def load(path):
             file = (path / "weights.bin").open("rb")
             return Weights(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -109,7 +79,7 @@ def test_f016_mapped_models_count_before_they_are_touched(tmp_path: Path) -> Non
             assert touched == 90 * MIB
             assert rss() < high, (rss(), high)
             for lease in leases: lease.release()
-            time.sleep(0.3)
+            cache.memory.high = high  # which looks at once
             assert len([row for row in cache.models() if row.tier == "memory"]) == 3
         """,
         tmp_path,
@@ -118,9 +88,8 @@ def test_f016_mapped_models_count_before_they_are_touched(tmp_path: Path) -> Non
 
 def test_f016_heap_beside_a_mapping(tmp_path: Path) -> None:
     """F016: a model that maps its weights, and has more on the heap than was expected of it, counts with both."""
-    run(
-        REAL
-        + """
+    run_real(
+        """
         def load(path):
             file = (path / "weights.bin").open("rb")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -214,9 +183,8 @@ def test_f020_hits_go_on_while_another_model_loads(make_cache: MakeCache, spawn:
 @pytest.mark.slow
 def test_f012_cycle_after_the_last_model(tmp_path: Path) -> None:
     """F012: a model in a cycle goes within some seconds though no model is left and Python's collector is off."""
-    run(
-        REAL
-        + """
+    run_real(
+        """
         import gc, weakref
         seen = []
         def load(path):
@@ -230,10 +198,7 @@ def test_f012_cycle_after_the_last_model(tmp_path: Path) -> None:
             for name in names:
                 cache.get(name)
                 cache.unload(name)  # the second time it is too soon for another collection
-            deadline = time.monotonic() + 30
-            while seen[1]() is not None and time.monotonic() < deadline:
-                threading.Event().wait(0.1)
-            assert seen[1]() is None
+            eventually(lambda: seen[1]() is None, timeout=30)
             assert not cache.stats().lingering
         """,
         tmp_path,

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from modelcache import DiskTier
-from modelcache.disk.files import file_system
+from modelcache.mounts import file_system
 from tests.support.cgroups import MIB, Group, child_cgroup
 
 CACHE = """

@@ -40,7 +40,7 @@ class ContainerGauge:
     The kernel gathers these figures from its processors up to two seconds late; use is at least what this process has
     by itself, which is known at once.
 
-    Cost: 10 to 15 microseconds, and 1 millisecond once a second, when the limit is read again. Up to three
+    Cost: 15 to 20 microseconds, and 1 millisecond once a second, when the limit is read again. Up to three
     descriptors are kept open.
 
     Concurrency: any thread; no lock, as what is remembered is swapped whole. It works after a fork.

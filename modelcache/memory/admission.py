@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 _PATIENCE = 2.0  # seconds for which a load that is to be measured waits to be alone, and for which others leave it so
 _TIDY = 1.0  # seconds between two looks of one that waits at what others freed meanwhile
+_REQUEST = 5.0  # seconds for which an evicted model may still be in the variable of a request that is about to end
+_LOOK = 0.1  # seconds between two looks at whether it has ended: nothing wakes who waits for that
 
 
 class Applicant(Protocol):
@@ -209,17 +211,24 @@ class Admission(Generic[T]):
         """Wait for something to change; the guard is held.
 
         Raises:
-            NoRoom: nothing will, or evictions still rest (``rows``) since they did not help.
+            NoRoom: nothing will, and no model that just left is in some request's variable; or evictions still rest
+                (``rows``) since they did not help.
             Cancelled: it was told to stop, or nobody waits for it any more.
         """
         applicant.check()
         refusal = self._no_room(applicant.model, shortage)
-        if rows > 1 or losses > 1:
+        ending = self._ending(shortage)
+        if rows > 1 or (losses > 1 and not ending):
             raise refusal
         applicant.refused(refusal)
-        if losses:  # leases come and go without the guard: look once more before that is final
+        if losses == 1:  # leases come and go without the guard: look once more before that is final
             return
-        self._guard.wait(min(self._tier.interval, _PATIENCE) if plan.alone or self._solo[0] else self._tier.interval)
+        interval = self._tier.interval
+        if plan.alone or self._solo[0]:
+            interval = min(interval, _PATIENCE)
+        if ending:
+            interval = min(interval, _LOOK)
+        self._guard.wait(interval)
 
     def _lost(self, applicant: Applicant, shortage: Shortage, *, turn: bool) -> bool:
         """Whether nothing that others do will make room; the guard is held."""
@@ -230,6 +239,10 @@ class Admission(Generic[T]):
         if not mine or not applicant.hopeless():
             return False
         return shortage.met or not self._choosing.suffices(shortage)  # met: by what only this very thread unloads
+
+    def _ending(self, shortage: Shortage) -> bool:
+        """Whether memory is short while a model that just left is still referenced: by a request, for all we know."""
+        return shortage.over_high > 0 and self._residents.lingering.youngest() < _REQUEST
 
     def _no_room(self, model: str, shortage: Shortage) -> NoRoom:
         """Return the error that says what is in the way; the guard is held."""

@@ -5,6 +5,7 @@ could make a look, under a lock, the last to hold a model: their callbacks note 
 runs under the cache's guard.
 """
 
+import math
 import time
 import weakref
 from typing import Any
@@ -69,6 +70,11 @@ class Lingering:
     def bytes(self) -> int:
         """Return the footprints of those that live on."""
         return sum(straggler.bytes for straggler in self.look())
+
+    def youngest(self) -> float:
+        """Return for how many seconds the last to leave of those that live on has been gone; infinity without one."""
+        stragglers = self.look()
+        return time.monotonic() - stragglers[-1].since if stragglers else math.inf
 
     def of(self, model: str) -> tuple[int, float]:
         """Return how many of one model live on, and for how long the oldest does, in seconds."""

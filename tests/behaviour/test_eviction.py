@@ -366,9 +366,63 @@ def test_refusal_names_what_lingers(make_cache: MakeCache) -> None:
     )
     kept = cache.get("a")
     with pytest.raises(NoRoom, match="somebody still references evicted models of 100 B") as refused:
-        cache.get("b")
+        cache.get("b", timeout=0.2)
     assert "without any model" not in str(refused.value)
     assert kept in alive
+
+
+def test_newcomer_waits_for_a_request_about_to_end(make_cache: MakeCache, spawn: Spawn) -> None:
+    """Who needs the room of an evicted model that is still in a request's variable waits, and gets it at its end."""
+    alive: weakref.WeakSet[Thing] = weakref.WeakSet()
+
+    def load(path: Path) -> Thing:
+        alive.add(made := Thing())
+        return made
+
+    cache = make_cache(
+        DictSource().add("a", "b"),
+        load=load,
+        unload=None,
+        size_of=lambda model, path: 100,
+        memory={"high": 150, "gauge": FakeGauge(lambda: 100 * len(alive)), "interval": 0.02},
+    )
+    leased, answered = threading.Event(), threading.Event()
+
+    def request() -> None:
+        with cache.lease("a") as model:
+            pass
+        leased.set()
+        answered.wait(10)
+        del model
+
+    first = spawn(request)
+    assert leased.wait(10)
+    second = spawn(lambda: cache.get("b", timeout=10.0))
+    eventually(lambda: any(info.state == "waiting for room" for info in cache.models()) and cache.stats().lingering)
+    answered.set()
+    first.result()
+    assert second.result() in alive
+
+
+def test_frozen_cycles_linger(make_cache: MakeCache) -> None:
+    """A model in a cycle that was loaded before ``gc.freeze()`` can't be collected: it is counted for as long."""
+
+    def load(path: Any, model: str) -> Thing:
+        made = Thing()
+        made.me = made  # type: ignore[attr-defined]
+        return made
+
+    cache = make_cache(
+        DictSource().add("a", "b"), Book(load=load), size_of=lambda model, path: 100, memory={"max_models": 1}
+    )
+    cache.get("a")
+    gc.freeze()
+    try:
+        cache.get("b")
+        assert row(cache, "a").lingering == 1
+        assert cache.stats().lingering_bytes == 100
+    finally:
+        gc.unfreeze()
 
 
 def test_f013_leaking_loads_are_served_on(make_cache: MakeCache) -> None:

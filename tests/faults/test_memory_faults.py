@@ -221,15 +221,33 @@ def test_f016_mapped_models_count_before_they_are_touched(tmp_path: Path) -> Non
                 cache.get(name)
             rows = [row for row in cache.models() if row.tier == "memory"]
             assert all(25 * MIB < row.bytes < 35 * MIB for row in rows), rows
-            assert len(rows) == high // (30 * MIB) < 6, rows
+            assert len(rows) == 3, rows  # a fourth would fit beside what is tracked, but not beside the process itself
             leases = [cache.lease(row.model) for row in rows]
             values = [lease.acquire().value for lease in leases]
             assert not any(any(value[::4096]) for value in values)
-            assert rss() > len(rows) * 30 * MIB
+            assert 90 * MIB < rss() < high, (rss(), high)
             del values
             for lease in leases: lease.release()
-            eventually(lambda: rss() <= high)  # the process itself came on top of what was mapped
-            assert sum(row.tier == "memory" for row in cache.models()) >= 2
+        """,
+        tmp_path,
+    )
+
+
+def test_f016_heap_beside_a_mapping(tmp_path: Path) -> None:
+    """F016: a model that maps its weights, and has more on the heap than was expected of it, counts with both."""
+    run_real(
+        """
+        def load(path):
+            file = (path / "weights.bin").open("rb")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return Weights((mapped, bytearray(b"1") * (40 * MIB)))
+        (name,) = models(1, 30 * MIB)
+        with cache_of(load, rss() + 1000 * MIB) as cache:
+            for _ in range(2):
+                cache.get(name)
+                (row,) = [row for row in cache.models() if row.tier == "memory"]
+                assert 65 * MIB < row.bytes < 80 * MIB, row
+                cache.unload(name)
         """,
         tmp_path,
     )

@@ -25,6 +25,9 @@ CACHE = """
     class Counting:
         def __init__(self, gauge):
             self.gauge, self.readings = gauge, 0
+        @property
+        def limit_source(self):
+            return self.gauge.limit_source
         def read(self):
             self.readings += 1
             return self.gauge.read()
@@ -145,7 +148,8 @@ def test_f002_f003_limit_of_an_ancestor(tmp_path: Path, gauge: str, prefix: tupl
     make({"ProcessGauge": ProcessGauge, "ContainerGauge": ContainerGauge}[sys.argv[2]])
     for name in names[:12]:
         cache.get(name)
-    say(cache.stats().memory_limit, gauge.gauge.limit_source)
+    assert f"(set by {gauge.limit_source})" in cache.explain(names[11]), cache.explain(names[11])
+    say(cache.stats().memory_limit, gauge.limit_source)
     """,
             tmp_path,
             gauge,

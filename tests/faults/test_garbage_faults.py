@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.support.real import run_real
 
 CYCLES = """
@@ -68,4 +70,30 @@ def test_who_waits_gets_what_others_collect(tmp_path: Path) -> None:
             holder.result()
         """),
         tmp_path,
+    )
+
+
+@pytest.mark.slow
+def test_f012_cycle_after_the_last_model(tmp_path: Path) -> None:
+    """F012: a model in a cycle goes within some seconds though no model is left and Python's collector is off."""
+    run_real(
+        """
+        import gc, weakref
+        seen = []
+        def load(path):
+            value = Weights(bytearray(MIB))
+            value.itself = value
+            seen.append(weakref.ref(value))
+            return value
+        names = models(2, MIB)
+        gc.disable()
+        with cache_of(load, rss() + 1000 * MIB) as cache:
+            for name in names:
+                cache.get(name)
+                cache.unload(name)  # the second time it is too soon for another collection
+            eventually(lambda: seen[1]() is None, timeout=30)
+            assert not cache.stats().lingering
+        """,
+        tmp_path,
+        timeout=60,
     )

@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import pytest
 
-from tests.support.children import ROOT, complete, finish
+from tests.support.children import ROOT, finish, source
 from tests.support.waiting import eventually
 
 MIB = 1 << 20
@@ -48,7 +48,7 @@ class Group:
             env: added to our environment.
         """
         path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
-        python = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", complete(script)]
+        python = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source(script)]
         return subprocess.Popen(
             ["sh", "-c", _JOIN, str(self.path), *prefix, *python, *map(str, arguments)],
             env={**os.environ, "PYTHONPATH": path, "WATCHDOG": str(watchdog), **env},

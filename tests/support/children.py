@@ -23,12 +23,16 @@ from tests.support.waiting import eventually
 """
 
 
-def complete(script: str) -> str:
-    """Return a script with its prelude, refusing one that only defines things, as mixed indentation makes it."""
-    whole = PRELUDE + textwrap.dedent(script)
-    last = ast.parse(whole).body[-1]
-    assert not isinstance(last, ast.FunctionDef | ast.ClassDef), f"the script does nothing, it ends in {last.name}"
-    return whole
+def source(script: str) -> str:
+    """Return what Python is given: ``PRELUDE`` and the script, which must do something.
+
+    Raises:
+        AssertionError: it ends in a class or function, of which the rest became a part by its indentation.
+    """
+    text = PRELUDE + textwrap.dedent(script)
+    last = ast.parse(text).body[-1]
+    assert not isinstance(last, ast.ClassDef | ast.FunctionDef), f"the script only defines {last.name}: it is indented"
+    return text
 
 
 def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> "subprocess.Popen[str]":
@@ -43,7 +47,7 @@ def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> 
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
     environment = {**os.environ, "PYTHONPATH": path, "WATCHDOG": str(watchdog), **settings.pop("env", {})}
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", complete(script)]
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source(script)]
         + [str(argument) for argument in arguments],
         env=environment,
         stdout=subprocess.PIPE,

@@ -24,9 +24,9 @@ def models(count, size):
             file.truncate(size)
     return names
 
-def cache_of(load, high, **settings):
+def cache_of(load, high, memory={}, **settings):
     return ModelCache(LocalSource(folder / "source", copy=False), load, disk=DiskTier(folder / "disk", min_free=0),
-                      memory=MemoryTier(high=high, interval=0.05), **settings)
+                      memory=MemoryTier(**{"high": high, "interval": 0.05} | memory), **settings)
 
 class Weights:
     def __init__(self, value):
@@ -34,14 +34,15 @@ class Weights:
 """
 
 
-def run_real(script: str, folder: Path, *arguments: Any, **settings: Any) -> str:
+def run_real(script: str, folder: Path, *arguments: Any, prelude: str = "", **settings: Any) -> str:
     """Run a script to its end; see ``children.run``.
 
     Args:
         script: Python; it has ``models`` and ``cache_of``, whose monitor looks every 50 ms, ``rss``, ``Weights``, a
             model that can be referenced weakly, and ``MIB``.
         folder: of the test; ``folder`` in the script.
+        prelude: what goes before it, indented by itself.
         arguments: its ``sys.argv[2:]``.
         settings: of ``children.run``.
     """
-    return run(_MODELS + textwrap.dedent(script), folder, *arguments, **settings)
+    return run(_MODELS + textwrap.dedent(prelude) + textwrap.dedent(script), folder, *arguments, **settings)

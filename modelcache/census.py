@@ -14,7 +14,7 @@ def models(parts: Machinery[Any]) -> list[ModelInfo]:
     with parts.guard:
         parts.residents.drain()
         rows: dict[str, ModelInfo] = {}
-        for model, item in parts.shelf.index.present().items():
+        for model, item in parts.shelf.index.models.items():
             flight = parts.flights.active.get(model)
             rows[model] = ModelInfo(
                 model=model,

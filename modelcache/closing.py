@@ -25,11 +25,13 @@ class Life:
 
     def before_fork(self) -> None:
         """Make sure that no decision is half made."""
+        self._parts.shelf.before_fork()  # in this order: who decides with the ledger may take the guard inside
         self._parts.guard.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
         self._parts.guard.release()
+        self._parts.shelf.after_fork_in_parent()
 
     def after_fork_in_child(self) -> None:
         """Forget threads that do not exist here."""
@@ -37,7 +39,7 @@ class Life:
 
     def close(self, timeout: float | None) -> bool:
         """Let running requests finish, unload everything, end all threads; see ``ModelCache.close``."""
-        if self._parts.guard.busy:  # a signal handler interrupted a decision of this very thread: it must end first
+        if self._parts.guard.busy or self._parts.shelf.busy:  # a signal handler interrupted a decision of this very thread: it must end first
             threading.Thread(target=self.close, args=(timeout,), name="modelcache-close").start()
             self._parts.closed = True
             return False

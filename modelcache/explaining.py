@@ -60,7 +60,7 @@ def _whereabouts(parts: Machinery[Any], model: str) -> Iterator[str]:
     entries = [entry for entry in [*residents.entries(), *residents.leaving] if entry.model == model]
     old = [entry for entry in entries if Reason.REPLACED in {entry.doomed, entry.reason}]
     present = [entry for entry in entries if entry not in old]
-    item, flight = parts.shelf.index.present().get(model), parts.flights.active.get(model)
+    item, flight = parts.shelf.index.models.get(model), parts.flights.active.get(model)
     known = residents.footprints.known(model)
     disk = "" if item is None else f"on disk ({format_bytes(item.bytes)})"
     if present:
@@ -79,7 +79,7 @@ def _whereabouts(parts: Machinery[Any], model: str) -> Iterator[str]:
     for entry in old:
         yield f"An older version is still in memory ({format_bytes(entry.bytes)})"
         yield from _holders(entry, "That version")
-    if present and item is not None and present[0].version not in {None, item.published.record.version}:
+    if present and item is not None and present[0].version not in {None, item.record.version}:
         yield "What is on disk is another version, which has not been loaded"
 
 
@@ -149,7 +149,7 @@ def _footprint(size: int, known: Known | None) -> str:
 def _past(parts: Machinery[Any], model: str, recent: list[Event]) -> Iterator[str]:
     """Tell how it left each tier, and what that has cost."""
     life, gone = parts.residents.lives.of(model), _last(recent, (Evicted, Fetched), tier="disk")
-    if not isinstance(gone, Evicted) or model in parts.shelf.index.present():
+    if not isinstance(gone, Evicted) or model in parts.shelf.index.models:
         gone = None
     evicted = life.evicted if life is not None else None
     both = gone is not None and evicted is not None and _figures(gone) == _figures(evicted)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
+from modelcache.disk.agreeing import FetchedElsewhere
 from modelcache.disk.index import RECHECK
 from modelcache.disk.layout import Record
 from modelcache.disk.reserving import Contention
@@ -150,8 +151,8 @@ class Fetcher(Generic[T]):
 
     def _from_source(self, flight: Flight[T], held: Held | None) -> Held | InPlace:
         """Fetch what the source has now, unless that is what is held."""
-        least = 0
-        restarts = 0
+        least = restarts = 0
+        known = "" if held is None else held.item.name
         while True:
             artifact = self.source.find(flight.model)
             if artifact.path is not None:
@@ -162,33 +163,34 @@ class Fetcher(Generic[T]):
             if held is not None and artifact.version == held.version:
                 return held
             try:
-                fresh = self._from_others(flight, artifact.version)
-                fresh = fresh or self._fetch(flight, artifact, least, 0 if held is None else held.item.bytes)
+                fresh = self._fetch(flight, artifact, least, 0 if held is None else held.item.bytes, known)
             except ArtifactChanged:
                 restarts += 1
                 if restarts >= _RESTARTS:
                     raise
+                continue
             except Contention as contention:
                 least = contention.need
                 with self.guard:
                     self.guard.wait(RECHECK)
-            else:
-                if held is not None:
-                    self.shelf.release(held)
-                return fresh
+                continue
+            except FetchedElsewhere:
+                found = self.shelf.await_others(Trip(flight, self.flights, self.residents))
+                if found is None:
+                    continue
+                if flight.refresh and found.version != artifact.version:
+                    known = found.item.name
+                    self.shelf.release(found)
+                    continue
+                fresh = found
+            if held is not None:
+                self.shelf.release(held)
+            return fresh
 
-    def _from_others(self, flight: Flight[T], version: str) -> Held | None:
-        """Return a new version that another process has fetched meanwhile; None where none has."""
-        found = self.shelf.newest(flight.model) if flight.refresh else None
-        if found is None or found.version == version:
-            return found
-        self.shelf.release(found)
-        return None
-
-    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int, beside: int) -> Held:
+    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int, beside: int, known: str) -> Held:
         started = time.monotonic()
         trip = Trip(flight, self.flights, self.residents)
-        staging = self.shelf.stage(trip, artifact.size, least, beside)
+        staging = self.shelf.stage(trip, artifact.size, least, beside, known)
         flight.state = "fetching"
         try:
             path = fetch(
@@ -238,7 +240,7 @@ class Fetcher(Generic[T]):
         """Return the time of a fetch in seconds since the epoch: after the version before, whatever the clock says."""
         with self.guard:
             before = self.shelf.index.models.get(model)
-        return max(time.time(), before.published.record.fetched + _TICK if before is not None else 0.0)
+        return max(time.time(), before.record.fetched + _TICK if before is not None else 0.0)
 
 
 def check_cancelled(flight: Flight[Any]) -> None:

@@ -72,7 +72,7 @@ class Freshness(Refreshing):
             asked = self._asked.get(model)
             if asked is None:
                 item = present.get(model)
-                age = 0.0 if item is None else max(wall - item.published.record.fetched, 0.0)
+                age = 0.0 if item is None else max(wall - item.record.fetched, 0.0)
                 asked = self._asked[model] = now - age
             if now - asked >= self.after:
                 self._asked[model] = now

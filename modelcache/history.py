@@ -36,7 +36,7 @@ class History(Generic[T]):
             known = self._residents.footprints.known(model) is not None
         if known or not isinstance(found, Held):
             return
-        kept = figures.read(found.item.published.folder)
+        kept = figures.read(found.folder)
         if kept is None:
             return
         with self._guard:
@@ -58,4 +58,4 @@ class History(Generic[T]):
         kept = Figures(known.resident if covers else None, known.peak if covers else None, known.seconds)
         if standing is not None:
             kept = Figures(kept.resident, kept.peak, kept.seconds, standing.n, standing.age, standing.idle)
-        figures.write(held.item.published.folder, kept)
+        figures.write(held.folder, kept)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from modelcache.calling import check_callable, make_load
+from modelcache.disk.agreeing import Agreement
 from modelcache.disk.index import Index
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.shelf import Held, Shelf
@@ -94,8 +95,9 @@ class Machinery(Generic[T]):
         self.disk.bind(self.source.url, self._disk_retuned)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
-        self.disk_room = DiskRoom(self.disk, index, self.guard, _Upstairs(self), self.teller)
-        self.shelf = Shelf(self.disk.store, self.source.url, self.guard, index, self.disk_room)
+        agreed = Agreement(self.disk.store, self.source.url, index, self.guard)
+        self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, _Upstairs(self), self.teller)
+        self.shelf = Shelf(self.disk.store, self.source.url, self.guard, index, agreed, self.disk_room)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
         self.monitor = Monitor(self._look, self.memory.interval)
         self.fetcher: Fetcher[T] = Fetcher(
@@ -164,7 +166,7 @@ class Machinery(Generic[T]):
     def missed(self, model: str) -> Missed:
         """Book a lookup that was no hit, and return the event for it; the guard is held."""
         self.residents.missed(model)
-        tier = "disk" if model in self.shelf.index.present() else "source"
+        tier = "disk" if model in self.shelf.index.models else "source"
         return Missed(seq=self.teller.number(), time=time.time(), model=model, tier=tier, reason=Reason.REQUEST)
 
     def start(self, flight: Flight[T], *, new: bool) -> None:
@@ -257,9 +259,9 @@ class Machinery(Generic[T]):
             self.residents.restore(entries)
         if entries and not self.closed:
             self.monitor.start()
+        if entries:
+            self.shelf.adopt([entry.keeps for entry in entries if isinstance(entry.keeps, Held)])
         for entry in entries:
-            if isinstance(entry.keeps, Held):
-                self.shelf.adopt(entry.keeps)
             if entry.doomed is not None:
                 self.room.release(entry)
 

@@ -55,7 +55,7 @@ class Orders:
         """Bring one model in for a prefetch, unless it is there already."""
         with self._parts.guard:
             there = model in self._parts.residents.resident or self._parts.residents.rescue(model) is not None
-            there = there or (not to_memory and model in self._parts.shelf.index.present())
+            there = there or (not to_memory and model in self._parts.shelf.index.models)
             failure = None if there else self._parts.flights.failure(model)
             flight, new = None, False
             if not there and failure is None:
@@ -156,7 +156,7 @@ class Orders:
         with parts.guard:
             if parts.closed:
                 raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
-            tiers = (parts.residents.resident, parts.shelf.index.present(), parts.flights.active)
+            tiers = (parts.residents.resident, parts.shelf.index.models, parts.flights.active)
             if not any(model in tier for tier in tiers):  # one on its way may have asked the source before the upload
                 return None, False, False
             asker = parts.flights.running()
@@ -211,4 +211,4 @@ class Orders:
 
     def _on_disk(self, model: str) -> bool:
         with self._parts.guard:
-            return model in self._parts.shelf.index.present()
+            return model in self._parts.shelf.index.models

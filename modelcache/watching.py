@@ -85,7 +85,7 @@ class Watch:
         with parts.guard:
             freshness.weary(parts.flights.active.values())
             parts.guard.notify()
-            due = freshness.due(parts.residents.resident, parts.shelf.index.present())
+            due = freshness.due(parts.residents.resident, parts.shelf.index.models)
         for model in due:
             with parts.guard:
                 flight, new = parts.flights.start(model, Reason.REFRESH, to_memory=False)

@@ -1,24 +1,27 @@
 """What lies on disk and what is reserved, which artifact gives way: the decisions of the disk tier.
 
 Every method runs under the cache's guard and does nothing but decide; ``disk.shelf`` acts. Bytes count from the
-moment they are reserved until their files are gone.
+moment they are reserved until their files are gone. What other processes have done is told by the ledger.
 """
 
+import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import attrs
 
-from modelcache.disk.layout import ARTIFACT
-from modelcache.disk.store import Published
+from modelcache.disk.book import Row, State
+from modelcache.disk.layout import ARTIFACT, Record
 from modelcache.errors import NoRoom
 from modelcache.events import Reason
 from modelcache.policies import Policy, Resident
 
 RECHECK = 1.0
 """Seconds after which a wait for room, or an artifact that another process reads, is looked at again."""
+
+_TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
 
 
 class Wish(Protocol):
@@ -49,32 +52,36 @@ class Item:
     """One published folder, as this process knows it.
 
     Attributes:
-        published: what and where it is.
+        name: of the folder.
+        record: what it says of itself.
         used: seconds since the epoch of its last use.
+        uses: how often it was used, by any process, as far as that was told.
+        state: what is to become of it.
+        was: what was to become of it before somebody began to remove it here.
         pins: how often this process has it pinned.
-        leaving: its removal is under way.
-        doomed: it goes with its last pin.
         read_elsewhere: monotonic time until which another process is taken to read it.
         stuck: monotonic time until which the system is taken to refuse its removal.
     """
 
-    published: Published
+    name: str
+    record: Record
     used: float
+    uses: int = 0
+    state: State = State.PRESENT
+    was: State = State.PRESENT
     pins: int = 0
-    leaving: bool = False
-    doomed: bool = False
     read_elsewhere: float = 0.0
     stuck: float = 0.0
 
     @property
     def model(self) -> str:
         """Id of the model it was fetched for."""
-        return self.published.record.model
+        return self.record.model
 
     @property
     def bytes(self) -> int:
         """Bytes allocated for it."""
-        return self.published.bytes
+        return self.record.bytes
 
 
 @attrs.define(eq=False)
@@ -84,18 +91,24 @@ class Staging:
     Attributes:
         wish: for whom.
         folder: where; it becomes the published folder.
+        id: under which the ledger knows it.
         reserved: bytes set aside in the budget.
         charged: bytes of these that were written or are about to be.
+        told: how many of these the ledger knows of.
         waiting: it can't go on before others give room.
         beside: bytes of the version on disk that stays until this one is published.
+        known: name of the folder of that version; empty where there is none.
     """
 
     wish: Wish
     folder: Path
+    id: str = attrs.field(factory=lambda: secrets.token_hex(8))
     reserved: int = 0
     charged: int = 0
+    told: int = 0
     waiting: bool = False
     beside: int = 0
+    known: str = ""
 
     @property
     def target(self) -> Path:
@@ -145,75 +158,151 @@ class DiskShortage:
         return not self.figures
 
 
+@attrs.frozen
+class Others:
+    """What is set aside in the budget, as the ledger says.
+
+    Attributes:
+        reserved: bytes, of all processes.
+        unwritten: how many of these were not written yet, when that was last told.
+        sharing: whether another process has some.
+        moving: whether one of these may go on without getting more.
+    """
+
+    reserved: int = 0
+    unwritten: int = 0
+    sharing: bool = False
+    moving: bool = False
+
+
 class Index:
-    """All published folders and stagings of one disk tier.
+    """All published folders and stagings of one disk tier, as this process knows them.
 
     Args:
         source: URL of the cache's source; folders of other sources count, but are nobody's model here.
         policy: who goes first.
+
+    Attributes:
+        items: by folder name.
+        models: the one that is served, for each model of this source.
+        stagings: of this process.
+        debris: what could not be deleted yet: path, and id in the ledger.
+        others: what is set aside.
     """
 
     def __init__(self, source: str, policy: Policy) -> None:
         self._source = source
         self._policy = policy
-        self.items: dict[str, Item] = {}  # by folder name
-        self.models: dict[str, Item] = {}  # this source's, the latest generation of each
+        self.items: dict[str, Item] = {}
+        self.models: dict[str, Item] = {}
         self.stagings: set[Staging] = set()
-        self.debris: dict[Path, int] = {}  # staged folders that could not be deleted yet, with their bytes
+        self.debris: dict[Path, str] = {}
+        self.others = Others()
+        self._bytes = 0  # of all items
+        self._strangers: dict[str, Item] = {}  # what is no model's present artifact
+        self._going: dict[str, Item] = {}
+        self._pinned: set[Item] = set()
+        self._elsewhere: set[Item] = set()
+        self._epoch = ""
+        self._seq = 0
         self._clock = 0
+
+    def since(self, epoch: str) -> int:
+        """Return the number of the last change that is known of a ledger."""
+        return self._seq if epoch == self._epoch else 0
 
     def requested(self, model: str) -> None:
         """Book a memory miss; hits in memory are no use of an artifact."""
         self._clock += 1
         self._policy.requested(model, self._clock)
 
-    def add(self, published: Published) -> Item:
-        """Take in a published folder; the newest generation is the model's present one."""
-        item = Item(published, min(published.used, time.time()))  # a time in the future is taken as now
-        record = published.record
-        self.items[published.folder.name] = item
-        present = self.models.get(record.model)
-        if record.source == self._source and (present is None or present.published.record.fetched <= record.fetched):
-            self.models[record.model] = item
-            if present is not None and present.pins:
-                present.doomed = True
-            self._policy.admitted(Resident(record.model, published.bytes, record.fetch_seconds))
-        return item
-
-    def take_in(self, found: Iterable[Published]) -> None:
-        """Take in what a scan found: in order of fetch, then of use, so that any policy finds its order again."""
-        known = self.items.keys()
-        fresh = [
-            self.add(published)
-            for published in sorted(found, key=lambda published: published.record.fetched)
-            if published.folder.name not in known
-        ]
+    def learn(self, epoch: str, rows: Iterable[Row], seq: int, me: str, *, whole: bool) -> None:
+        """Take in what has changed; ``whole``: what is not among the rows is gone."""
+        rows = list(rows)
+        if whole:
+            listed = {row.name for row in rows}
+            for name in [name for name in self.items if name not in listed]:
+                self.forget(self.items[name])
+            rows.sort(key=lambda row: row.record.fetched)  # so that a policy finds the order of their coming
+        fresh = [item for row in rows if (item := self._learn(row, me)) is not None]
         for item in sorted(fresh, key=lambda item: item.used):
-            self._policy.requested(item.model, self._clock)
+            if self.models.get(item.model) is item:
+                self._policy.requested(item.model, self._clock)
+        self._epoch, self._seq = epoch, seq
+
+    def _learn(self, row: Row, me: str) -> Item | None:
+        """Take in one row; return the item where it is new here."""
+        item = self.items.get(row.name)
+        if row.state is State.GONE:
+            if item is not None:
+                self.forget(item)
+            return None
+        if item is None:
+            item = self.items[row.name] = Item(row.name, row.record, min(row.used, time.time()), row.uses, row.state)
+            self._bytes += item.bytes  # a time in the future is taken as now
+            self._place(item)
+            return item
+        if row.by != me and item is self.models.get(item.model):
+            for _ in range(min(row.uses - item.uses, _TOLD)):
+                self.requested(item.model)
+        item.used, item.uses = max(item.used, min(row.used, time.time())), row.uses
+        self.become(item, row.state)
+        return None
+
+    def become(self, item: Item, state: State) -> None:
+        """Note what is to become of an item."""
+        if item.state is not state:
+            item.state = state
+            self._place(item)
+
+    def _place(self, item: Item) -> None:
+        """Put an item where its state says that it belongs."""
+        record, present = item.record, self.models.get(item.model)
+        self._going.pop(item.name, None)
+        self._strangers.pop(item.name, None)
+        if item.state is State.LEAVING:
+            self._going[item.name] = item
+        serves = item.state is State.PRESENT and record.source == self._source
+        if serves and present is not item and (present is None or present.record.fetched <= record.fetched):
+            if present is not None:
+                self._strangers[present.name] = present
+            self.models[record.model] = item
+            self._policy.admitted(Resident(record.model, record.bytes, record.fetch_seconds))
+        elif not serves and present is item:
+            del self.models[record.model]
+            self._policy.removed(record.model)
+        if item.state in {State.PRESENT, State.DOOMED} and self.models.get(record.model) is not item:
+            self._strangers[item.name] = item
 
     def forget(self, item: Item) -> None:
         """Drop an item whose files are gone."""
-        self.items.pop(item.published.folder.name, None)
-        if self.models.get(item.model) is item:
-            del self.models[item.model]
-            self._policy.removed(item.model)
+        if self.items.pop(item.name, None) is item:
+            self._bytes -= item.bytes
+            item.state = State.GONE
+            self._place(item)
 
-    def present(self) -> dict[str, Item]:
-        """Return the present item of each model of this source."""
-        return {model: item for model, item in self.models.items() if not item.leaving}
+    def pin(self, item: Item) -> None:
+        """Book that this process reads an item."""
+        item.pins += 1
+        self._pinned.add(item)
+
+    def unpin(self, item: Item) -> None:
+        """Book that one who read an item is done."""
+        item.pins -= 1
+        if not item.pins:
+            self._pinned.discard(item)
 
     def pinned(self) -> list[str]:
         """Return the models whose artifacts this process has pinned."""
-        return [item.model for item in self.items.values() if item.pins]
+        return [item.model for item in self._pinned]
 
     def leaving(self) -> int:
         """Return the bytes of the artifacts whose removal is under way."""
-        return sum(item.bytes for item in self.items.values() if item.leaving)
+        return sum(item.bytes for item in self._going.values())
 
     def used(self) -> int:
         """Return the bytes that artifacts, fetches and removals under way take."""
-        reserved = sum(staging.reserved for staging in self.stagings)
-        return sum(item.bytes for item in self.items.values()) + reserved + sum(self.debris.values())
+        return self._bytes + self.others.reserved
 
     def shortage(self, amount: int, limits: DiskLimits) -> DiskShortage:
         """Return what ``amount`` more bytes lack; 0 for a look at the limits alone."""
@@ -221,7 +310,7 @@ class Index:
         if limits.budget is not None and used + amount > limits.budget:
             figures = {"used": used, "need": amount, "limit": limits.budget, "high": limits.budget}
             return DiskShortage(used + amount - limits.budget - going, Reason.DISK_BUDGET, figures)
-        unwritten = sum(max(staging.reserved - staging.charged, 0) for staging in self.stagings)
+        unwritten = self.others.unwritten - sum(min(at.charged, at.reserved) - at.told for at in self.stagings)
         left = limits.free - unwritten - amount
         if limits.min_free and left < limits.min_free:
             high = limits.total - limits.min_free
@@ -231,46 +320,62 @@ class Index:
         return DiskShortage(0, Reason.DISK_BUDGET, {})
 
     def choose(self, missing: int) -> list[Item]:
-        """Mark just enough to go: what is no model's present artifact first, then by the policy."""
-        now = time.monotonic()
-        idle = [
-            item
-            for item in self.items.values()
-            if not item.pins and not item.leaving and max(item.read_elsewhere, item.stuck) < now
-        ]
-        current = {item.model: item for item in idle if self.models.get(item.model) is item}
-        strangers = sorted((item for item in idle if current.get(item.model) is not item), key=lambda item: item.used)
+        """Choose just enough to go: what is no model's present artifact first, then by the policy."""
         chosen: list[Item] = []
-        for item in strangers:
-            if missing > 0:
-                missing -= item.bytes
-                chosen.append(item)
-        if missing > 0 and current:
-            for model in list(self._policy.victims(missing, current.keys())):
+        if missing <= 0:
+            return chosen
+        for item in sorted(filter(_idle, self._strangers.values()), key=lambda item: item.used):
+            if missing <= 0:
+                return chosen
+            missing -= item.bytes
+            chosen.append(item)
+        if missing > 0 and self.models:
+            evictable = _Evictable(self.models)
+            for model in self._policy.victims(missing, evictable):
+                missing -= self.models[model].bytes
+                chosen.append(self.models[model])
                 if missing <= 0:
                     break
-                missing -= current[model].bytes
-                chosen.append(current[model])
-        for item in chosen:
-            item.leaving = True
         return chosen
 
     def read_elsewhere(self) -> bool:
         """Whether another process reads something that could go otherwise."""
         now = time.monotonic()
-        return any(item.read_elsewhere >= now for item in self.items.values())
+        self._elsewhere = {item for item in self._elsewhere if item.read_elsewhere >= now}
+        return bool(self._elsewhere)
 
-    def kept(self, item: Item) -> None:
+    def kept(self, item: Item, state: State) -> None:
         """Book that an item that was to go has stayed: another process reads it, or the system refuses."""
-        item.leaving = False
+        self.become(item, state)
         if item.stuck < time.monotonic():
             item.read_elsewhere = time.monotonic() + RECHECK
+            self._elsewhere.add(item)
 
     def reset_after_fork(self) -> None:
         """In a child: the parent's fetches, removals and pins are not ours."""
         self.stagings = set()
         self.debris = {}
-        for item in list(self.items.values()):
+        for item in self._pinned:
             item.pins = 0
-            if item.leaving:
-                self.forget(item)
+        self._pinned = set()
+
+
+class _Evictable(Collection[str]):
+    """The models that may go, looked at one by one: there may be very many."""
+
+    def __init__(self, models: dict[str, Item]) -> None:
+        self._models = models
+
+    def __contains__(self, model: object) -> bool:
+        item = self._models.get(model)  # type: ignore[call-overload]
+        return item is not None and _idle(item)
+
+    def __iter__(self) -> Iterator[str]:
+        return (model for model, item in self._models.items() if _idle(item))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _idle(item: Item) -> bool:
+    return not item.pins and max(item.read_elsewhere, item.stuck) < time.monotonic()

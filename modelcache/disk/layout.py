@@ -2,9 +2,11 @@
 
 ::
 
-    <path>/modelcache.json                         {"format": 1}
+    <path>/modelcache.json                         {"format": 2}
+    <path>/ledger.sqlite3                          what all processes agree on (``disk.ledger``)
+    <path>/leases                                  locks on parts of it say who reads what (``disk.pins``)
     <path>/models/<readable>-<hash>.<generation>/  one published artifact, whole or not there
-        record.json                                what it is (``Record``)
+        record.json                                what it is (``Record``): the ledger can be rebuilt from these
         figures.json                               what it takes in memory (``disk.figures``)
         artifact/                                  what the loader gets, or the single file in it
     <path>/tmp/<process>/                          what one live process stages or removes
@@ -21,15 +23,17 @@ from typing import Any
 
 import attrs
 
-FORMAT = 1
+FORMAT = 2
 """Version of this layout; a folder with a newer one is refused, an older one is fetched again."""
 
+MARKER = "modelcache.json"
 RECORD = "record.json"
 ARTIFACT = "artifact"
 BLOCK = 4096
 """Bytes by which folders and files are charged before the file system has told what it allocated."""
 
 _PUBLISHED = re.compile(r"[a-z0-9._]{1,40}-[0-9a-f]{32}\.[0-9a-f]{8}")
+_DIGITS = 20  # room for any number of bytes
 _UNREADABLE = re.compile(r"[^a-z0-9._]+")
 
 
@@ -45,6 +49,7 @@ class Record:
         size: bytes of its files as they read (not as allocated).
         fetched: seconds since the epoch at which it was published.
         fetch_seconds: how long fetch and unpacking took.
+        bytes: what the file system allocated for the whole folder.
     """
 
     model: str
@@ -54,10 +59,12 @@ class Record:
     size: int
     fetched: float
     fetch_seconds: float
+    bytes: int = 0
 
     def to_json(self) -> str:
-        """Return the text of ``record.json``."""
-        return json.dumps({"format": FORMAT, **attrs.asdict(self)}, ensure_ascii=True)
+        """Return the text of ``record.json``; its length does not depend on ``bytes``."""
+        text = json.dumps({"format": FORMAT, **attrs.asdict(self)}, ensure_ascii=True)
+        return text + " " * (_DIGITS - len(str(self.bytes)))
 
     @classmethod
     def from_json(cls, text: str) -> "Record | None":
@@ -78,7 +85,7 @@ class Record:
 
 def _well_typed(record: Record) -> bool:
     texts = (record.model, record.source, record.version, "" if record.single is None else record.single)
-    numbers = (record.size, record.fetched, record.fetch_seconds)
+    numbers = (record.size, record.fetched, record.fetch_seconds, record.bytes)
     plain = record.single is None or record.single == Path(record.single).name
     return plain and all(isinstance(text, str) for text in texts) and all(isinstance(n, int | float) for n in numbers)
 

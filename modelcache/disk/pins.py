@@ -1,48 +1,44 @@
-"""``Pin``: a kernel lock on a published folder, which vanishes with its process.
+"""``Pins``: kernel locks that say who reads which published folder, and which vanish with their process.
 
-A shared ``flock`` on the folder's own descriptor says that somebody reads it; who wants to remove it asks for the
-exclusive one. Correctness does not rest on it alone: a removal is a rename first.
+One file, a byte for each folder: who reads a folder has a shared lock on its byte, who removes it asks for the
+exclusive one. The locks are of the open file (``F_OFD_SETLK``, fcntl(2)), so one descriptor carries any number of them.
+Where the system has no such locks (macOS), ``disk.flocks`` does the same with a descriptor for each folder.
+
+Correctness does not rest on a lock alone: a removal is a rename first, and whoever pins looks whether the folder is
+still there.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
-import time
-from collections.abc import Iterable
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from modelcache.disk.files import same
-from modelcache.disk.workshop import FOLDER
+
+_FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid; padded
+_BUSY = {errno.EAGAIN, errno.EACCES}
 
 
-class Pin:
-    """A shared lock on one published folder: while it is held, no process removes the folder."""
-
-    __slots__ = ("_descriptor", "_open")
-
-    def __init__(self, descriptor: int, known: set[int]) -> None:
-        self._descriptor = descriptor
-        self._open = known
-        known.add(descriptor)
+class Pin(Protocol):
+    """A published folder that no process removes while this is held."""
 
     def close(self) -> None:
-        """Let go, once; a descriptor that a child inherited is closed, never unlocked."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            self._open.discard(descriptor)
-            with contextlib.suppress(OSError):  # closed behind our back (closerange in a daemon): then it is gone
-                os.close(descriptor)
+        """Let go, once; what a child inherited is never unlocked."""
+        ...
 
 
-class Pins:
+class Pins(Protocol):
     """All pins of one tier in this process.
 
-    Concurrency: any thread; a set of ints is changed by single steps only.
+    Concurrency: any thread. After a fork the child calls ``reset_after_fork`` before anything else.
     """
-
-    def __init__(self) -> None:
-        self._open: set[int] = set()
 
     def take(self, folder: Path) -> Pin | None:
         """Pin a folder; None where it is gone, or being removed right now.
@@ -50,34 +46,213 @@ class Pins:
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
         """
+        ...
+
+    def claim(self, folder: Path) -> contextlib.AbstractContextManager[bool]:
+        """Return a context in which nobody can pin a folder; it gives False where somebody has it pinned.
+
+        Raises:
+            OSError: the system has no descriptor left.
+        """
+        ...
+
+    def reset_after_fork(self, kept: Iterable[Pin]) -> None:
+        """In a child: no I/O but closing descriptors; ``kept`` stay pinned, with the parent, until ``adopted``."""
+        ...
+
+    def adopted(self) -> None:
+        """In a child: let go of what was only kept for the time until it had pins of its own."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; pins that are left over stay until their own end."""
+        ...
+
+
+class RangePin:
+    """A shared lock on one byte."""
+
+    __slots__ = ("_age", "_home", "_name")
+
+    def __init__(self, home: "RangePins", name: str, age: int) -> None:
+        self._home: RangePins | None = home
+        self._name = name
+        self._age = age
+
+    def close(self) -> None:
+        """Let go, once."""
+        home, self._home = self._home, None
+        if home is not None:
+            home.release(self._name, self._age)
+
+
+class RangePins:
+    """Pins by locks on the bytes of one file.
+
+    Args:
+        path: the file; made where it is missing.
+        mode: its permissions.
+        writable: whether folders may be claimed; else the file is only read, and need not be there.
+
+    Raises:
+        OSError: it can't be opened, or the system has no such locks.
+    """
+
+    def __init__(self, path: Path, mode: int, *, writable: bool = True) -> None:
+        self._path = path
+        self._mode = mode
+        self._writable = writable
+        self._inherited: list[int] = []
+        self._age = 0  # forks on the way from the process that made it
+        self._begin()
+
+    def _begin(self) -> None:
+        # guards the descriptors and counts; calls that never wait (fcntl, open, fstat) are all that happens under it.
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+        self._readers = self._claims = -1
+
+    def probe(self) -> None:
+        """Make sure that locks exclude one another.
+
+        Raises:
+            OSError: they don't, or there are none.
+        """
+        first, second = self._open(), self._open()
         try:
-            descriptor = os.open(folder, FOLDER | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:  # gone, or no folder any more
-                return None
-            raise
+            _set(first, fcntl.F_WRLCK, 0)
+            try:
+                _set(second, fcntl.F_RDLCK, 0)
+            except OSError as error:
+                if error.errno not in _BUSY:
+                    raise
+            else:
+                raise OSError(errno.ENOLCK, "a lock there excludes nobody")
+        finally:
+            os.close(first)
+            os.close(second)
+
+    def _open(self) -> int:
+        if not self._writable:
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode & 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if same(descriptor, folder):
-                with contextlib.suppress(OSError):
-                    now = time.time_ns()  # by itself the kernel would take a clock that ticks every 4 ms
-                    os.utime(descriptor, ns=(now, now))  # the folder's own time is its recency, for the next start
-                return Pin(descriptor, self._open)
-        except BlockingIOError:
-            pass
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, self._mode & 0o666)  # whatever the umask
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)
-        return None
+        return descriptor
+
+    def _fresh(self, descriptor: int) -> int:
+        """Return a descriptor of the file as others see it: somebody may have removed it under us."""
+        if descriptor >= 0 and same(descriptor, self._path):
+            return descriptor
+        if descriptor >= 0:
+            self._inherited.append(descriptor)  # it carries locks that are still wanted
+        return self._open()
+
+    def _look(self) -> None:
+        """See to it that pins are where others look for them; the lock is held."""
+        fresh = self._fresh(self._readers)
+        if fresh != self._readers:
+            self._readers = fresh
+            for name in self._counts:
+                with contextlib.suppress(OSError):  # somebody claims it: it goes under us, as its whole file did
+                    _set(fresh, fcntl.F_RDLCK, _place(name))
+
+    def take(self, folder: Path) -> Pin | None:
+        """Pin a folder; None where it is gone, or being removed right now."""
+        with self._lock:
+            if self._counts[folder.name] == 0:
+                try:
+                    self._look()
+                    _set(self._readers, fcntl.F_RDLCK, _place(folder.name))
+                except FileNotFoundError:
+                    pass  # a folder that only can be read, and that nobody has ever written to: nobody removes here
+                except OSError as error:
+                    if error.errno not in _BUSY:
+                        raise
+                    return None
+            self._counts[folder.name] += 1
+        pin = RangePin(self, folder.name, self._age)
+        try:
+            there = folder.is_dir() and not folder.is_symlink()
+        except BaseException:
+            pin.close()
+            raise
+        if not there:
+            pin.close()
+            return None
+        return pin
+
+    def release(self, name: str, age: int) -> None:
+        """Let one pin go; called by it. One of a parent's is not ours to release."""
+        with self._lock:
+            if age != self._age:
+                return
+            if self._counts[name] > 1:
+                self._counts[name] -= 1
+            elif self._counts.pop(name, 0) and self._readers >= 0:
+                with contextlib.suppress(OSError):  # closed behind our back: then it is gone
+                    _set(self._readers, fcntl.F_UNLCK, _place(name))
+
+    @contextlib.contextmanager
+    def claim(self, folder: Path) -> Iterator[bool]:
+        """Return a context in which nobody can pin a folder; it gives False where somebody has it pinned."""
+        place = _place(folder.name)
+        with self._lock:
+            self._claims = self._fresh(self._claims)
+            try:
+                _set(self._claims, fcntl.F_WRLCK, place)
+                claimed = True
+            except OSError as error:
+                if error.errno not in _BUSY:
+                    raise
+                claimed = False
+        try:
+            yield claimed
+        finally:
+            if claimed:
+                with self._lock, contextlib.suppress(OSError):
+                    _set(self._claims, fcntl.F_UNLCK, place)
 
     def reset_after_fork(self, kept: Iterable[Pin]) -> None:
-        """In a child: close what the parent's other threads had pinned, or the child would hold it for them.
-
-        A lock belongs to the open file, which parent and child share: it stays until both have closed it.
-        """
-        stays = {pin._descriptor for pin in kept}  # noqa: SLF001 - of this module
-        for descriptor in self._open - stays:
+        """In a child: what the parent has locked is locked by the open file that both share, until both close it."""
+        keep = any(True for _ in kept)
+        stays = [self._readers, *self._inherited] if keep else []
+        for descriptor in {self._readers, self._claims, *self._inherited} - {-1, *stays}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        self._open.intersection_update(stays)
+        self._inherited = [descriptor for descriptor in stays if descriptor >= 0]
+        self._age += 1
+        self._begin()
+
+    def adopted(self) -> None:
+        """In a child: close what carries the parent's locks."""
+        with self._lock:
+            inherited, self._inherited = self._inherited, []
+        for descriptor in inherited:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Close what carries no pin."""
+        with self._lock:
+            idle = [self._claims] if self._counts else [self._claims, self._readers, *self._inherited]
+            self._claims = -1
+            if not self._counts:
+                self._readers, self._inherited = -1, []
+        for descriptor in idle:
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+
+
+def _place(name: str) -> int:
+    """Return the byte that stands for a folder: where two meet, one stays a little longer than it must."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+
+
+def _set(descriptor: int, kind: int, place: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, place, 1, 0))

@@ -4,10 +4,16 @@ It acts, outside the guard, on what ``disk.index`` decides under it; files are r
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Protocol
 
+import attrs
+
+from modelcache.disk.agreeing import Agreement
+from modelcache.disk.book import Book, State
 from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging
+from modelcache.disk.sweeping import sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Event, Evicted, Reason
@@ -50,6 +56,21 @@ class Contention(Exception):
         self.need = need
 
 
+@attrs.frozen
+class _Decision:
+    """What one transaction came to.
+
+    Attributes:
+        shortage: what is lacking.
+        victims: who is to go.
+        told: the events for that.
+    """
+
+    shortage: DiskShortage
+    victims: list[Item]
+    told: list[Event]
+
+
 class DiskRoom:
     """The room of one disk tier.
 
@@ -57,6 +78,7 @@ class DiskRoom:
         tier: its settings and folder.
         index: the decisions.
         guard: the cache's lock.
+        agreed: what all processes agree on.
         upstairs: the memory tier.
         teller: takes events, outside the guard.
     """
@@ -66,6 +88,7 @@ class DiskRoom:
         tier: DiskTier,
         index: Index,
         guard: Guard,
+        agreed: Agreement,
         upstairs: Upstairs,
         teller: Teller,
     ) -> None:
@@ -73,6 +96,7 @@ class DiskRoom:
         self._store = tier.store
         self._index = index
         self._guard = guard
+        self._agreed = agreed
         self._upstairs = upstairs
         self._teller = teller
         self.evictions = 0
@@ -86,31 +110,79 @@ class DiskRoom:
         Raises:
             TooLarge: it can never fit within the budget.
             NoRoom: what is in the way is leased, or not ours.
+            FetchedElsewhere: another process is fetching it already.
             Contention: give up, and try again with more.
+            OSError: the disk is full, or broken.
         """
         swept = False
         while True:
             limits = self._read_limits()
             if limits.budget is not None and staging.beside + staging.reserved + amount > limits.budget:
                 raise _too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
+            decision = self._decide(staging, amount, limits, evict=swept)
+            if decision.shortage.fits:
+                return
             with self._guard:
-                shortage = self._index.shortage(amount, limits)
-                if shortage.fits:
-                    staging.reserved += amount
-                    staging.wish.refused(None)
-                    return
-                victims = self._index.choose(shortage.missing) if swept else []
-                told = [self._evicted(item, shortage, staging.wish.model) for item in victims]
                 pinned = self._others(staging)
-                patient = shortage.missing <= 0
             if not swept:  # what dead processes left goes before anything that can be served
-                self._store.sweep()
+                sweep(self._store)
                 swept = True
-            elif victims:
-                self._teller.tell(told)
-                self.remove(victims)
-            elif patient or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, staging.wish.model):
-                self._wait(staging, amount, shortage)
+            elif decision.victims:
+                self._teller.tell(decision.told)
+                self.remove(decision.victims)
+            elif decision.shortage.missing <= 0 or not self._upstairs.give_up(
+                pinned, decision.shortage.reason, decision.shortage.figures, staging.wish.model
+            ):
+                self._wait(staging, amount, decision.shortage)
+                swept = swept and not self._index.others.sharing
+
+    def _decide(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
+        """Set the bytes aside, or mark who is to go; what this process knows changes only if all do."""
+        index, for_model = self._index, staging.wish.model if staging is not None else None
+        victims: list[Item] = []
+
+        def decide(book: Book) -> _Decision:
+            self._agreed.learn(book)
+            if staging is not None and not staging.reserved:
+                self._agreed.check_single(book, staging)
+            with self._guard:
+                for item in victims:  # of a try that failed
+                    index.become(item, item.was)
+                shortage = index.shortage(amount, limits)
+                victims[:] = index.choose(shortage.missing) if evict and not shortage.fits else []
+                told = [self._evicted(item, shortage, for_model) for item in victims]
+                for item in victims:
+                    item.was = item.state
+                    index.become(item, State.LEAVING)
+            if victims:
+                self._agreed.mark(book, victims, State.LEAVING)
+            if shortage.fits and staging is not None:
+                self._agreed.hold(book, staging, staging.reserved + amount)
+            return _Decision(shortage, list(victims), told)
+
+        try:
+            decision = self._agreed.change(decide, self._checks(staging))
+        except BaseException:
+            with self._guard:
+                for item in victims:
+                    index.become(item, item.was)
+            raise
+        if decision.shortage.fits and staging is not None:
+            with self._guard:
+                staging.reserved += amount
+                staging.told = min(staging.charged, staging.reserved)
+                staging.wish.refused(None)
+        return decision
+
+    def _checks(self, staging: Staging | None) -> Callable[[], None] | None:
+        if staging is None:
+            return None
+
+        def check() -> None:
+            with self._guard:
+                staging.wish.check()
+
+        return check
 
     def _others(self, staging: Staging) -> list[str]:
         """Return the models that could give up their files: not this one, whose old version stays until then."""
@@ -125,10 +197,15 @@ class DiskRoom:
             Contention: two fetches hold what the other needs.
         """
         wish = staging.wish
+        if self._index.others.sharing and not staging.waiting:  # or two processes would wait for one another
+            staging.waiting = True
+            self._agreed.change(lambda book: self._agreed.hold(book, staging, staging.reserved))
         with self._guard:
             others = self._index.stagings - {staging}
-            moving = self._index.leaving() > 0 or any(not other.waiting for other in others)
-            sharing = any(other.reserved for other in others)
+            moving = (
+                self._index.leaving() > 0 or self._index.others.moving or any(not other.waiting for other in others)
+            )
+            sharing = self._index.others.sharing or any(other.reserved for other in others)
             state, wish.state = wish.state, "waiting for room"
             try:
                 wish.check()
@@ -180,43 +257,59 @@ class DiskRoom:
         )
 
     def remove(self, items: Collection[Item]) -> list[Item]:
-        """Delete the files of items marked as leaving; return those that another process still reads."""
-        kept = [item for item in items if not self._removed(item)]
+        """Delete the files of items marked as leaving; return those that another process still reads.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        kept, debris = [], {}
+        for item in items:
+            try:
+                aside = self._store.remove(item.name)
+                if aside is None:
+                    kept.append(item)
+                elif not self._store.discard(aside):
+                    debris[aside] = item.bytes
+            except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
+                item.stuck = time.monotonic() + _STUCK
+                kept.append(item)
+                complain("%s can't be removed now: look at its owner and mode", item.name, error=error)
+        self._agreed.change(lambda book: self._removed(book, items, kept, debris))
         with self._guard:
-            for item in items:
-                if item in kept:
-                    self._index.kept(item)
-                else:
-                    self._index.forget(item)
             self._guard.notify()
         return kept
 
-    def _removed(self, item: Item) -> bool:
-        try:
-            aside = self._store.remove(item.published.folder)
-            gone = aside is None or self._store.discard(aside)
-        except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
-            item.stuck = time.monotonic() + _STUCK
-            complain("%s can't be removed now: look at its owner and mode", item.published.folder, error=error)
-            return False
-        if aside is not None and not gone:
-            with self._guard:
-                self._index.debris[aside] = item.bytes
-        return aside is not None
+    def _removed(self, book: Book, items: Collection[Item], kept: list[Item], debris: dict[Path, int]) -> None:
+        """Book what has gone, and what has not."""
+        self._agreed.learn(book)
+        for was in {item.was for item in kept}:
+            self._agreed.mark(book, [item for item in kept if item.was is was], was)
+        book.gone(item.name for item in items if item not in kept)
+        with self._guard:
+            for item in items:
+                if item in kept:
+                    self._index.kept(item, item.was)
+                else:
+                    self._index.forget(item)
+        for folder, size in debris.items():
+            self._agreed.leave(book, folder, size)
+        self._agreed.count(book)
 
     def shrink(self) -> None:
-        """Evict what a lowered budget or a raised ``min_free`` demands; returns once all that may go is gone."""
-        while True:
-            limits = self._read_limits()
+        """Evict what a lowered budget or a raised ``min_free`` demands; returns once all that may go is gone.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        while self._store.writable:
+            decision = self._decide(None, 0, self._read_limits(), evict=True)
+            shortage, victims = decision.shortage, decision.victims
             with self._guard:
-                shortage = self._index.shortage(0, limits)
-                victims = self._index.choose(shortage.missing)
-                told = [self._evicted(item, shortage, None) for item in victims]
                 pinned = self._index.pinned()
                 self._upstairs.unmet(over=shortage.missing > 0 and not victims and bool(pinned))
                 self._guard.notify()  # a raised budget lets waiting fetches go on
             if victims:
-                self._teller.tell(told)
+                self._teller.tell(decision.told)
                 self.remove(victims)
             elif shortage.missing <= 0 or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, ""):
                 return

@@ -1,47 +1,58 @@
 """The artifacts on disk: open, stage, publish, delete.
 
-What may stay is decided by ``disk.index``; room is made by ``disk.reserving``; files are ``disk.store``'s.
+What may stay is decided by ``disk.index`` and agreed on with other processes by ``disk.agreeing``; room is made by
+``disk.reserving``; files are ``disk.store``'s.
 """
 
-import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
 
-from modelcache.disk.index import Index, Item, Staging, Wish
+from modelcache.disk.agreeing import Agreement
+from modelcache.disk.book import Book, State
+from modelcache.disk.index import RECHECK, Index, Item, Staging, Wish
 from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
 from modelcache.disk.pins import Pin
 from modelcache.disk.reserving import DiskRoom
-from modelcache.disk.store import Published, Store
+from modelcache.disk.store import Store
+from modelcache.disk.sweeping import sweep
+from modelcache.errors import AccessDenied
 from modelcache.guard import Guard
 
-_log = logging.getLogger("modelcache")
+_MOMENT = 0.02  # seconds until what other processes are doing is looked at again
 _OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
 
 
 @attrs.define(eq=False)
 class Held:
-    """A published artifact that no process removes while this is open."""
+    """A published artifact that no process removes while this is open.
+
+    Attributes:
+        item: what it is.
+        folder: where it lies.
+        pin: what keeps it there; None once it was released.
+    """
 
     item: Item
+    folder: Path
     pin: Pin | None
 
     @property
     def path(self) -> Path:
         """What the loader gets."""
-        return self.item.published.path
+        return self.item.record.path(self.folder)
 
     @property
     def size(self) -> int:
         """Bytes of the artifact's files."""
-        return self.item.published.record.size
+        return self.item.record.size
 
     @property
     def version(self) -> str:
         """The source's version of it."""
-        return self.item.published.record.version
+        return self.item.record.version
 
 
 class Shelf:
@@ -52,86 +63,82 @@ class Shelf:
         source: URL of the cache's source.
         guard: the cache's lock.
         index: what lies there.
+        agreed: what all processes agree on.
         room: makes room for more.
     """
 
-    def __init__(self, store: Store, source: str, guard: Guard, index: Index, room: DiskRoom) -> None:
+    def __init__(
+        self, store: Store, source: str, guard: Guard, index: Index, agreed: Agreement, room: DiskRoom
+    ) -> None:
         self._store = store
         self._source = source
         self._guard = guard
+        self._agreed = agreed
         self._room = room
         self.index = index
-        self._refresh()
-        self._clear_damaged()
-
-    def _clear_damaged(self) -> None:
-        """Remove published folders whose record can't be read, so that their bytes do not go uncounted."""
-        with self._guard:
-            known = set(self.index.items)
-        for name in (self._store.names() or set()) - known:
-            if self._store.read(name) is None:
-                _log.warning("%s in %s is damaged: removed, to be fetched again", name, self._store.path)
-                try:
-                    aside = self._store.remove(self._store.folder(name))
-                    if aside is not None:
-                        self._store.discard(aside)
-                except OSError as error:
-                    _log.warning("%s can't be removed (%s): look at its owner and mode", name, error)
+        if store.writable:
+            agreed.change(agreed.learn)
+        else:
+            agreed.look()
 
     @property
     def mode(self) -> int:
         """Permissions of folders made in this tier."""
         return self._store.mode
 
+    @property
+    def busy(self) -> bool:
+        """Whether this very thread is in the middle of a decision that all processes share."""
+        return self._agreed.busy
+
     def free(self) -> int:
         """Return the bytes that the file system has left."""
         return self._store.free()
 
-    def _refresh(self, prefix: str = "") -> None:
-        """Learn what other processes published or removed; only names with ``prefix`` are looked at."""
-        with self._guard:  # before the listing: what is published after it is not known, and so not missed
-            known = {name: item for name, item in self.index.items.items() if name.startswith(prefix)}
-        listed = self._store.names()
-        if listed is None:
-            return
-        names = {name for name in listed if name.startswith(prefix)}
-        found = [published for name in names - known.keys() if (published := self._store.read(name))]
-        with self._guard:
-            for name, item in known.items():
-                if name not in names and not item.leaving and self.index.items.get(name) is item:
-                    self.index.forget(item)
-            self.index.take_in(found)
-
     def open(self, model: str) -> Held | None:
-        """Return the model's artifact, pinned; None where it must be fetched."""
+        """Return the model's artifact, pinned; None where it must be fetched.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
         with self._guard:
             self.index.requested(model)
-            known = model in self.index.models
-        if not known:
-            self._refresh(folder_prefix(self._source, model))
         while True:
+            self._agreed.look()
             with self._guard:
                 item = self.index.models.get(model)
-                if item is None or item.leaving or item.doomed:
+                if item is None:
                     return None
-                item.pins += 1
+                self.index.pin(item)
                 item.used = time.time()
-            pin = None
             try:
-                pin = self._store.pin(item.published.folder)
+                pin = self._store.pin(item.name)
             except BaseException:
                 self._unpinned(item)
                 raise
             if pin is not None:
-                return Held(item, pin)
-            with self._guard:  # another process removed it
-                item.pins -= 1
+                self._agreed.touched(item)
+                return Held(item, self._store.folder(item.name), pin)
+            self._lost(item)
+
+    def _lost(self, item: Item) -> None:
+        """Book that an item can't be pinned: another process removes it just now, or somebody has done so."""
+        with self._guard:
+            self.index.unpin(item)
+        if self._store.exists(item.name):
+            with self._guard:  # the ledger may say that it stays after all
+                self._guard.wait(_MOMENT)
+        elif self._store.writable:
+            self._agreed.change(lambda book: self._gone(book, item))
+        else:
+            with self._guard:
                 self.index.forget(item)
 
-    def newest(self, model: str) -> Held | None:
-        """Return the model's artifact, pinned, as other processes may have published it by now."""
-        self._refresh(folder_prefix(self._source, model))
-        return self.open(model)
+    def _gone(self, book: Book, item: Item) -> None:
+        self._agreed.learn(book)
+        book.gone([item.name])
+        with self._guard:
+            self.index.forget(item)
 
     def release(self, held: Held) -> None:
         """Let go of a pinned artifact; one that was to be deleted, or was replaced, goes with its last pin."""
@@ -146,38 +153,79 @@ class Shelf:
     def _unpinned(self, item: Item) -> None:
         """Book that a pin is gone, and remove what was only waiting for that."""
         with self._guard:
-            item.pins -= 1
-            due = item.doomed and not item.pins and not item.leaving
-            item.leaving = item.leaving or due
+            self.index.unpin(item)
             self._guard.notify()
-        if due:
-            self._room.remove([item])
+        if item.pins or not self._store.writable:
+            return
+        self._agreed.look()  # another process may have replaced or deleted it
+        if item.state is State.DOOMED:
+            self._room.remove(self._agreed.change(lambda book: self._doom(book, [item])))
+
+    def _doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
+        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former."""
+        self._agreed.learn(book)
+        with self._guard:
+            stay = [item for item in items if item.state is not State.GONE and item.state is not State.LEAVING]
+            due = [item for item in stay if not item.pins]
+            for item in stay:
+                item.was = State.DOOMED  # also where another process reads it
+                self.index.become(item, State.DOOMED if item.pins else State.LEAVING)
+        self._agreed.mark(book, [item for item in stay if item not in due], State.DOOMED)
+        self._agreed.mark(book, due, State.LEAVING)
+        return due
 
     def delete(self, model: str) -> bool:
         """Remove all versions of a model's artifact, pinned ones with their last pin; return whether all is gone."""
-        self._refresh(folder_prefix(self._source, model))
+        if not self._store.writable:
+            raise self._read_only(model)
+        self._agreed.look()
         with self._guard:
-            mine = [item for item in self.index.items.values() if item.published.record.source == self._source]
+            mine = [item for item in self.index.items.values() if item.record.source == self._source]
             items = [item for item in mine if item.model == model]
-            due = [item for item in items if not item.pins and not item.leaving]
-            for item in items:
-                item.doomed = item.doomed or item not in due
-                item.leaving = item.leaving or item in due
+        if not items:
+            return True
+        due = self._agreed.change(lambda book: self._doom(book, items))
         return not self._room.remove(due) and len(due) == len(items)
 
-    def stage(self, wish: Wish, size: int, least: int, beside: int = 0) -> Staging:
+    def await_others(self, wish: Wish) -> Held | None:
+        """Wait while another process fetches the model; return it pinned, None where it must be fetched after all.
+
+        A process that is only paused is waited for; one that has died is not.
+
+        Raises:
+            Cancelled: it was told to stop, or nobody waits for it any more.
+            OSError: the disk is full, or broken.
+        """
+        state, wish.state, looked = wish.state, "fetching", 0.0
+        try:
+            while self._agreed.fetched_elsewhere(wish.model):
+                if time.monotonic() - looked >= RECHECK:
+                    sweep(self._store)
+                    looked = time.monotonic()
+                with self._guard:
+                    wish.check()
+                    self._guard.wait(_MOMENT)
+        finally:
+            wish.state = state
+        return self.open(wish.model)
+
+    def stage(self, wish: Wish, size: int, least: int, beside: int = 0, known: str = "") -> Staging:
         """Reserve room for a download of ``size`` bytes, ``least`` in all, and return a folder for it.
 
-        ``beside``: bytes of the version on disk that stays until this one is published.
+        ``beside``: bytes of the version on disk that stays until this one is published; ``known``: its folder's name.
 
         Raises:
             TooLarge: it can never fit within the budget; nothing was downloaded.
             NoRoom: what is in the way is leased, or not ours.
+            FetchedElsewhere: another process is fetching it already.
             Contention: give up, and try again with more.
+            AccessDenied: the folder can only be read.
+            OSError: the disk is full, or broken.
         """
+        if not self._store.writable:
+            raise self._read_only(wish.model)
         self._clear_debris()
-        self._refresh()
-        staging = Staging(wish, self._store.path, beside=beside)
+        staging = Staging(wish, self._store.path, beside=beside, known=known)
         with self._guard:
             self.index.stagings.add(staging)
         try:
@@ -189,11 +237,19 @@ class Shelf:
         staging.charged = _OVERHEAD
         return staging
 
+    def _read_only(self, model: str) -> AccessDenied:
+        return AccessDenied(
+            f"model {model!a} is not in disk folder {self._store.path}, or not as it should be, and that folder can "
+            f"only be read: give DiskTier a folder that this user may write to",
+            model=model,
+            source=str(self._store.path),
+        )
+
     def grow(self, staging: Staging, amount: int) -> None:
         """Charge bytes about to be written (negative: given back); make room where the reservation is used up.
 
         Raises:
-            TooLarge, NoRoom, Contention: as ``stage``.
+            TooLarge, NoRoom, Contention, OSError: as ``stage``.
         """
         staging.charged += amount
         if staging.charged > staging.reserved:
@@ -201,23 +257,36 @@ class Shelf:
 
     def discard(self, staging: Staging) -> None:
         """Delete what was staged, and give its reservation back."""
-        if not self._store.discard(staging.folder):  # no descriptor left, say: its bytes count until it is gone
-            with self._guard:
-                self.index.debris[staging.folder] = staging.reserved
-        self._drop(staging)
+        gone = self._store.discard(staging.folder)
+        self._drop(staging, None if gone else staging.folder)
 
     def _clear_debris(self) -> None:
         with self._guard:
             debris = list(self.index.debris)
         gone = [folder for folder in debris if self._store.discard(folder)]
-        with self._guard:
-            for folder in gone:
-                self.index.debris.pop(folder, None)
+        if gone:
+            with self._guard:
+                ids = [self.index.debris.pop(folder) for folder in gone if folder in self.index.debris]
+            self._agreed.change(lambda book: self._let_go(book, ids))
 
-    def _drop(self, staging: Staging) -> None:
+    def _let_go(self, book: Book, ids: Iterable[str]) -> None:
+        book.let_go(ids)
+        self._agreed.count(book)
+
+    def _drop(self, staging: Staging, debris: Path | None = None) -> None:
+        """Give a reservation back; what can't be deleted now (no descriptor left, say) counts until it is gone."""
         with self._guard:
             self.index.stagings.discard(staging)
+        if staging.reserved:
+            self._agreed.change(lambda book: self._dropped(book, staging, debris))
+        with self._guard:
             self._guard.notify()
+
+    def _dropped(self, book: Book, staging: Staging, debris: Path | None) -> None:
+        book.let_go([staging.id])
+        if debris is not None:
+            self._agreed.leave(book, debris, staging.reserved)
+        self._agreed.count(book)
 
     def publish(self, staging: Staging, record: Record) -> Held:
         """Make a staged artifact visible, durably, and return it pinned.
@@ -226,28 +295,61 @@ class Shelf:
             TooLarge, NoRoom, Contention: what the file system allocated does not fit.
             OSError: the disk is full, or broken.
         """
-        size = self._store.seal(staging.folder, record)
-        if size > staging.reserved:
-            self._room.reserve(staging, size - staging.reserved)
-        prefix = folder_prefix(self._source, record.model)
-        pin = self._store.pin(staging.folder)  # before anybody sees it, so that nobody removes it first
-        try:
-            folder = self._store.publish(staging.folder, prefix)
-        except BaseException:
-            if pin is not None:
-                pin.close()
-            raise
+        record = self._store.seal(staging.folder, record)
+        if record.bytes > staging.reserved:
+            self._room.reserve(staging, record.bytes - staging.reserved)
+        name = self._store.new_name(folder_prefix(self._source, record.model))
+        self._agreed.change(lambda book: self._arriving(book, staging, name, record))
         with self._guard:
             self.index.stagings.discard(staging)
-            old = [item for name, item in self.index.items.items() if name.startswith(prefix) and not item.leaving]
-            item = self.index.add(Published(record, folder, size, record.fetched))
-            item.pins += 1
-            for stale in old:
-                stale.doomed = True
-                stale.leaving = not stale.pins
+            item = self.index.items[name]
+            self.index.pin(item)  # before anybody sees it, so that nobody removes it first
+        try:
+            self._store.publish(staging.folder, name)
+            pin = self._store.pin(name)
+        except BaseException:
+            self._agreed.change(lambda book: self._returned(book, staging, item))
+            raise
+        old = self._agreed.change(lambda book: self._arrived(book, item))
+        with self._guard:
             self._guard.notify()
-        self._room.remove([stale for stale in old if stale.leaving])
-        return Held(item, pin)
+        self._room.remove(old)
+        return Held(item, self._store.folder(name), pin)
+
+    def _arriving(self, book: Book, staging: Staging, name: str, record: Record) -> None:
+        """Count the folder instead of the staging, before it is there: so no crash leaves it uncounted."""
+        self._agreed.learn(book)
+        book.let_go([staging.id])
+        book.add([(name, record, record.fetched)], State.ARRIVING, self._store.owner)
+        self._agreed.learn(book)
+
+    def _returned(self, book: Book, staging: Staging, item: Item) -> None:
+        """Count the staging again: it could not be published."""
+        self._agreed.learn(book)
+        book.gone([item.name])
+        with self._guard:
+            self.index.unpin(item)
+            self.index.forget(item)
+            self.index.stagings.add(staging)
+        self._agreed.hold(book, staging, staging.reserved)
+
+    def _arrived(self, book: Book, item: Item) -> list[Item]:
+        """Serve what was published, and begin to remove earlier versions of it."""
+        self._agreed.learn(book)
+        prefix, _, _ = item.name.rpartition(".")
+        with self._guard:
+            self.index.become(item, State.PRESENT)
+            old = [at for name, at in self.index.items.items() if name.startswith(f"{prefix}.") and at is not item]
+        self._agreed.mark(book, [item], State.PRESENT)
+        return self._doom(book, old)
+
+    def before_fork(self) -> None:
+        """Close what must not come over a fork."""
+        self._store.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._store.after_fork_in_parent()
 
     def reset_after_fork(self, kept: Iterable[Held]) -> None:
         """In a child: no I/O but closing descriptors.
@@ -259,22 +361,24 @@ class Shelf:
         self._store.reset_after_fork(held.pin for held in kept if held.pin is not None)
         self.index.reset_after_fork()
         for held in kept:
-            held.item.pins += 1
+            self.index.pin(held.item)
 
-    def adopt(self, held: Held) -> None:
-        """In a child: replace the pin that a held artifact inherited by one of our own."""
-        inherited = held.pin
-        try:
-            own = self._store.pin(held.item.published.folder) if inherited is not None else None
-        except OSError:  # no descriptor left: the inherited one holds as well
-            own = None
-        if own is None or inherited is None:
-            return
-        with self._guard:
-            swapped = held.pin is inherited  # else the model has left meanwhile, and its pin with it
-            if swapped:
-                held.pin = own
-        (inherited if swapped else own).close()
+    def adopt(self, kept: Iterable[Held]) -> None:
+        """In a child: replace the pins that held artifacts inherited by our own."""
+        for held in kept:
+            inherited = held.pin
+            try:
+                own = self._store.pin(held.item.name) if inherited is not None else None
+            except OSError:  # no descriptor left: the inherited one holds as well
+                return
+            if own is None or inherited is None:
+                continue
+            with self._guard:
+                swapped = held.pin is inherited  # else the model has left meanwhile, and its pin with it
+                if swapped:
+                    held.pin = own
+            (inherited if swapped else own).close()
+        self._store.adopted()
 
     def close(self) -> None:
         """Remove this process's temporary folder; the artifacts stay for the next start."""

@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,15 +25,22 @@ from pathlib import Path
 import attrs
 
 from modelcache.disk import figures
-from modelcache.disk.files import allocated, make_folder, same, sync, sync_tree
-from modelcache.disk.layout import ARTIFACT, FORMAT, RECORD, Record, is_published
-from modelcache.disk.pins import Pin, Pins
-from modelcache.disk.workshop import FOLDER, Workshop
+from modelcache.disk.book import Book, State
+from modelcache.disk.files import allocated, make_folder, sync, sync_tree
+from modelcache.disk.flocks import FolderPins
+from modelcache.disk.layout import ARTIFACT, FORMAT, MARKER, RECORD, Record, is_published
+from modelcache.disk.ledger import Ledger
+from modelcache.disk.pins import Pin, Pins, RangePins
+from modelcache.disk.workshop import Workshop, no_locks
 from modelcache.errors import AccessDenied, ConfigError
 from modelcache.mounts import file_system
 
 _log = logging.getLogger("modelcache")
 _MEMORY = {"tmpfs", "ramfs"}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
 
 
 @attrs.frozen
@@ -40,21 +48,14 @@ class Published:
     """One published folder, as found.
 
     Attributes:
+        name: of the folder.
         record: what it says of itself.
-        folder: where it lies.
-        bytes: what the file system allocated for it, all files and folders.
         used: seconds since the epoch of its last use.
     """
 
+    name: str
     record: Record
-    folder: Path
-    bytes: int
     used: float
-
-    @property
-    def path(self) -> Path:
-        """What the loader gets."""
-        return self.record.path(self.folder)
 
 
 class Store:
@@ -72,31 +73,33 @@ class Store:
     def __init__(self, path: Path, mode: int) -> None:
         self.path = path
         self.mode = mode
+        self.writable = True
         self._models = path / "models"
         self._workshop = Workshop(path / "tmp", mode)
-        self._pins = Pins()
+        self.ledger = Ledger(path / "ledger.sqlite3", mode, self._fill)
         with _told(path):
             self._open()
         weakref.finalize(self, self._workshop.close)  # for a tier that never gets a cache to close it
 
     def _open(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
-        for folder in (self._models, self.path / "tmp"):
-            make_folder(folder, self.mode)
-            self._check_owner(folder)
-        workshop = self._workshop.folder()
-        marker = self.path / "modelcache.json"
-        if not marker.exists():
-            draft = workshop / marker.name
-            draft.write_text(json.dumps({"format": FORMAT}))
-            draft.chmod(self.mode & 0o666)
-            draft.rename(marker)
         try:
-            self._check_format(marker)
+            self._prepare()
+        except OSError as error:
+            if isinstance(error, AccessDenied) or error.errno not in _READ_ONLY or not self._readable():
+                raise
+            self._check_format(self.path / MARKER)
+            self.writable = False
+            self.ledger = Ledger(None, self.mode, self._fill)
+            _log.warning("%s can only be read: models in it are served, others can't be fetched", self.path)
+        else:
+            self._check_format(self.path / MARKER)
+        try:
+            self._pins = self._make_pins()
         except ConfigError:
             self.close()
             raise
-        if (kind := file_system(self.path)) in _MEMORY:
+        kind = file_system(self.path)
+        if kind in _MEMORY:
             _log.warning(
                 "%s lies on a %s: artifacts there take memory, also of the container's limit, which evicts models; "
                 "give DiskTier a folder on a disk",
@@ -105,6 +108,41 @@ class Store:
             )
         if stat.S_IMODE(self.path.stat().st_mode) & 0o022 & ~self.mode:
             _log.warning("%s may be written to by others; what modelcache makes inside it is private", self.path)
+
+    def _readable(self) -> bool:
+        return self._models.is_dir() and (self.path / MARKER).is_file()
+
+    def _prepare(self) -> None:
+        """Make what is missing, and make sure that it can be written to."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
+        if (kind := file_system(self.path)) in _NETWORK:
+            raise ConfigError(
+                f"disk folder {self.path} is on a network file system ({kind}), where locks and SQLite's log don't "
+                "hold: give DiskTier a folder on a local one; LocalSource reads models from a network mount",
+                setting="path",
+                value=str(self.path),
+            )
+        for folder in (self._models, self.path / "tmp"):
+            make_folder(folder, self.mode)
+            self._check_owner(folder)
+        workshop = self._workshop.folder()
+        marker = self.path / MARKER
+        if not marker.exists() or _format_of(marker) < FORMAT:
+            draft = workshop / marker.name
+            draft.write_text(json.dumps({"format": FORMAT}))
+            draft.chmod(self.mode & 0o666)
+            draft.rename(marker)
+
+    def _make_pins(self) -> Pins:
+        if not hasattr(fcntl, "F_OFD_SETLK"):
+            return FolderPins()
+        pins = RangePins(self.path / "leases", self.mode, writable=self.writable)
+        if self.writable:
+            try:
+                pins.probe()
+            except OSError as error:
+                raise no_locks(self.path, error) from error
+        return pins
 
     def _check_owner(self, folder: Path) -> None:
         status = folder.stat()
@@ -119,11 +157,8 @@ class Store:
             )
 
     def _check_format(self, marker: Path) -> None:
-        try:
-            found = json.loads(marker.read_text())["format"]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if isinstance(found, int) and found > FORMAT:
+        if (found := _format_of(marker)) > FORMAT:
+            self.close()
             raise ConfigError(
                 f"disk folder {self.path} is of format {found}, this modelcache knows {FORMAT}: "
                 "upgrade modelcache, or give it another folder",
@@ -131,13 +166,34 @@ class Store:
                 value=str(self.path),
             )
 
+    @property
+    def owner(self) -> str:
+        """The name under which the ledger knows this process: of its temporary folder, which it has locked."""
+        return self._workshop.folder().name if self.writable else "reader"
+
+    def before_fork(self) -> None:
+        """Close what must not come over a fork."""
+        self.ledger.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self.ledger.after_fork_in_parent()
+
     def reset_after_fork(self, kept: Iterable[Pin]) -> None:
         """In a child: the parent's temporary folder and pins are not ours, but for those in ``kept``."""
         self._workshop.reset_after_fork()
         self._pins.reset_after_fork(kept)
+        self.ledger.reset_after_fork()
+
+    def adopted(self) -> None:
+        """In a child: all that was ``kept`` has pins of its own now."""
+        self._pins.adopted()
 
     def close(self) -> None:
-        """Remove this process's temporary folder."""
+        """Remove this process's temporary folder, and close all files."""
+        if self._workshop.mine:
+            self.ledger.close()
+            self._pins.close()
         self._workshop.close()
 
     def stage(self) -> Path:
@@ -148,25 +204,31 @@ class Store:
         make_folder(folder / ARTIFACT, self.mode)
         return folder
 
-    def seal(self, staged: Path, record: Record) -> int:
-        """Write the record of a staged folder and bring all of it to the disk; return the bytes allocated for it.
+    def seal(self, staged: Path, record: Record) -> Record:
+        """Write the record of a staged folder and bring all of it to the disk; return it with the allocated bytes.
 
         Raises:
             OSError: the disk is full, or broken.
         """
-        text = staged / RECORD
-        text.write_text(record.to_json())
-        text.chmod(self.mode & 0o666)
+        path = staged / RECORD
+        path.write_text(record.to_json())
+        path.chmod(self.mode & 0o666)
         figures.reserve(staged, self.mode)
         sync_tree(staged)
-        return allocated(staged)
+        record = attrs.evolve(record, bytes=allocated(staged))
+        with path.open("r+") as file:  # of the same length
+            file.write(record.to_json())
+        sync(path)
+        return record
 
-    def publish(self, staged: Path, prefix: str) -> Path:
-        """Make a sealed folder visible to all processes; return where it lies now."""
-        folder = self._models / f"{prefix}{secrets.token_hex(4)}"
-        staged.rename(folder)
+    def new_name(self, prefix: str) -> str:
+        """Return the name of a folder that is about to be published."""
+        return f"{prefix}{secrets.token_hex(4)}"
+
+    def publish(self, staged: Path, name: str) -> None:
+        """Make a sealed folder visible to all processes."""
+        staged.rename(self._models / name)
         sync(self._models)
-        return folder
 
     def names(self) -> set[str] | None:
         """Return the names of all published folders; what others put beside them is not looked at.
@@ -192,19 +254,34 @@ class Store:
             record = Record.from_json((folder / RECORD).read_text())
             if record is None or not stat.S_ISDIR(status.st_mode) or not os.path.lexists(record.path(folder)):
                 return None
-            return Published(record, folder, allocated(folder), status.st_mtime)
+            return Published(name, record, status.st_mtime)
         except (OSError, UnicodeDecodeError):
             return None
 
-    def pin(self, folder: Path) -> Pin | None:
+    def _fill(self, book: Book) -> None:
+        """Write what lies in the folders into a new ledger."""
+        found = (self.read(name) for name in self.names() or ())
+        book.add(((at.name, at.record, at.used) for at in found if at is not None), State.PRESENT, None)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is anything of that name among the published folders."""
+        return os.path.lexists(self._models / name)
+
+    def pin(self, name: str) -> Pin | None:
         """Lock a published folder against removal by any process; None where it is gone already.
 
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
         """
-        return self._pins.take(folder)
+        folder = self._models / name
+        pin = self._pins.take(folder)
+        if pin is not None and self.writable:
+            with contextlib.suppress(OSError):
+                now = time.time_ns()  # by itself the kernel would take a clock that ticks every 4 ms
+                os.utime(folder, ns=(now, now))  # its recency, where the ledger has to be made anew
+        return pin
 
-    def remove(self, folder: Path) -> Path | None:
+    def remove(self, name: str) -> Path | None:
         """Move a published folder aside, so that nobody ever sees half of it, and return where to ``discard`` it.
 
         None where some process has it pinned. What a crash leaves is swept by the next start.
@@ -212,25 +289,12 @@ class Store:
         Raises:
             OSError: the system refuses; the folder is still there.
         """
-        aside = self._workshop.name()
-        try:
-            descriptor = os.open(folder, FOLDER | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
-                raise
+        folder, aside = self._models / name, self._workshop.name()
+        with self._pins.claim(folder) as claimed:
+            if not claimed:
+                return None
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(aside)  # a file or a link in place of a folder: nobody can have it pinned
-            return aside
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if same(descriptor, folder):
                 folder.rename(aside)
-        except BlockingIOError:
-            return None
-        except FileNotFoundError:
-            pass
-        finally:
-            os.close(descriptor)
         return aside
 
     def discard(self, folder: Path) -> bool:
@@ -241,9 +305,13 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
         return not os.path.lexists(folder)
 
-    def sweep(self) -> None:
-        """Delete what dead processes, and only they, left under ``tmp/``."""
-        self._workshop.sweep()
+    def sweep(self) -> list[str]:
+        """Delete what dead processes, and only they, left under ``tmp/``; return their names."""
+        return self._workshop.sweep() if self.writable else []
+
+    def workers(self) -> set[str]:
+        """Return the names of the processes that have a temporary folder."""
+        return self._workshop.all()
 
     def free(self) -> int:
         """Return the bytes that the file system has left for this user."""
@@ -259,8 +327,16 @@ class Store:
         try:
             return os.statvfs(self.path)
         except FileNotFoundError:  # somebody removed the folder under us: make it again
-            self._workshop.folder()
+            self._prepare()
             return os.statvfs(self.path)
+
+
+def _format_of(marker: Path) -> int:
+    try:
+        found = json.loads(marker.read_text())["format"]
+    except (ValueError, KeyError, TypeError):
+        return 0
+    return found if isinstance(found, int) else 0
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modelcache.disk.store import Store
+from modelcache.disk.sweeping import reconcile, sweep
 from modelcache.errors import ConfigError
 from modelcache.policies import Policy, make_policy
 from modelcache.units import Percent, Size, parse_size
@@ -62,7 +63,8 @@ class DiskTier:
 
     def _open(self, path: Path) -> Store:
         self._store = Store(path, self._mode)
-        self._store.sweep()
+        sweep(self._store)
+        reconcile(self._store)
         return self._store
 
     @property

@@ -74,6 +74,7 @@ class Workshop:
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _probe(folder)
             except BlockingIOError:  # a sweeper has it
                 os.close(descriptor)
                 continue
@@ -82,11 +83,7 @@ class Workshop:
                 shutil.rmtree(folder, ignore_errors=True)
                 if error.errno not in {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL}:
                     raise
-                raise ConfigError(
-                    f"disk folder {self._root.parent} has no file locks ({error}): use a local file system",
-                    setting="path",
-                    value=str(self._root.parent),
-                ) from error
+                raise no_locks(self._root.parent, error) from error
             if same(descriptor, folder):
                 self._descriptor = descriptor
                 return folder
@@ -96,20 +93,51 @@ class Workshop:
         """Return a path in the folder that nobody else uses."""
         return self.folder() / secrets.token_hex(8)
 
-    def sweep(self) -> None:
-        """Delete what dead processes, and only they, left beside this folder."""
-        mine = self.folder()
+    @property
+    def mine(self) -> bool:
+        """Whether this is no child that was forked and has not used the tier."""
+        return self._process == os.getpid()
+
+    def all(self) -> set[str]:
+        """Return the names of all processes' folders."""
+        self.folder()
+        return {folder.name for folder in self._root.iterdir()}
+
+    def sweep(self) -> list[str]:
+        """Delete what dead processes, and only they, left beside this folder; return the names."""
+        mine, swept = self.folder(), []
         for leftover in self._root.iterdir():
             if leftover != mine:
                 with contextlib.suppress(OSError):
                     sweep_one(leftover)
+                    swept.append(leftover.name)
+        return swept
 
     def close(self) -> None:
         """Remove the folder."""
-        if self._process != os.getpid():  # a child that never used the tier: the folder is its parent's
+        if not self.mine:  # the folder is its parent's
             return
         with self._lock:
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
             self._close_lock()
             self._folder = None
+
+
+def _probe(folder: Path) -> None:
+    """Make sure that a lock on a folder, which is held, excludes others: some network file systems say yes to all."""
+    descriptor = os.open(folder, FOLDER)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(descriptor)
+    raise OSError(errno.ENOLCK, "a lock there excludes nobody")
+
+
+def no_locks(folder: Path, error: OSError) -> ConfigError:
+    """Return the error for a file system without locks that hold."""
+    return ConfigError(
+        f"disk folder {folder} has no file locks ({error}): use a local file system", setting="path", value=str(folder)
+    )

@@ -1,0 +1,147 @@
+"""``Agreement``: what this process knows, kept in step with what all processes that share the folder know.
+
+Each transaction with the ledger begins with what others have changed, so that what is decided in it holds for all.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from modelcache.disk.book import Book, Hold, State
+from modelcache.disk.index import Index, Item, Others, Staging
+from modelcache.disk.store import Store
+from modelcache.errors import ModelCacheError
+from modelcache.guard import Guard
+
+R = TypeVar("R")
+
+_BATCH = 64  # uses that are told at once, where nothing else is to be told
+
+
+class FetchedElsewhere(Exception):
+    """Another process is fetching the model already."""
+
+
+class Agreement:
+    """Reads and writes the ledger for one cache.
+
+    Concurrency: any thread, never with the guard held; the guard is taken inside.
+
+    Args:
+        store: the folder.
+        source: URL of the cache's source.
+        index: what this process knows.
+        guard: the cache's lock.
+    """
+
+    def __init__(self, store: Store, source: str, index: Index, guard: Guard) -> None:
+        self._store = store
+        self._source = source
+        self._index = index
+        self._guard = guard
+        self._uses: dict[str, tuple[float, int]] = {}
+        self._registered = ("", "")
+
+    @property
+    def busy(self) -> bool:
+        """Whether this very thread is in the middle of a decision that all processes share."""
+        return self._store.ledger.busy
+
+    def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
+        """Run a transaction that reads and writes; see ``Ledger.change``."""
+        self._refuse_nesting()
+        return self._store.ledger.change(decide, check)
+
+    def look(self) -> None:
+        """Learn what other processes have changed."""
+        self._refuse_nesting()
+        self._store.ledger.look(self._catch_up)
+
+    def _refuse_nesting(self) -> None:
+        if self.busy:
+            raise ModelCacheError(
+                "a call from a signal handler or __del__ in the middle of the disk tier's own decision: "
+                "hand it to another thread"
+            )
+
+    def _catch_up(self, book: Book) -> str:
+        epoch = book.epoch
+        rows, seq, whole = book.changes(self._index.since(epoch))
+        if rows or whole or seq != self._index.since(epoch):
+            with self._guard:
+                self._index.learn(epoch, rows, seq, self._store.owner, whole=whole)
+        return epoch
+
+    def learn(self, book: Book) -> None:
+        """Catch up at the beginning of a transaction that writes, and tell what others don't know yet."""
+        epoch, owner = self._catch_up(book), self._store.owner
+        if self._registered != (epoch, owner) and self._store.writable:
+            book.register(owner, json.dumps({"source": self._source}))
+            with self._guard:
+                stagings = [staging for staging in self._index.stagings if staging.reserved]
+            for staging in stagings:
+                self.hold(book, staging, staging.reserved)
+            self._registered = (epoch, owner)
+        with self._guard:
+            uses, self._uses = self._uses, {}
+        if uses:
+            book.touch(((name, used, times) for name, (used, times) in uses.items()), owner)
+        self.count(book)
+
+    def count(self, book: Book) -> None:
+        """Take over what is set aside by all processes."""
+        mine, holds = self._store.owner, book.holds()
+        foreign = [hold for hold in holds if hold.owner != mine and hold.model]
+        others = Others(
+            reserved=sum(hold.reserved for hold in holds),
+            unwritten=sum(max(hold.reserved - hold.charged, 0) for hold in holds),
+            sharing=any(hold.reserved for hold in foreign),
+            moving=any(not hold.waiting for hold in foreign),
+        )
+        with self._guard:
+            self._index.others = others
+
+    def check_single(self, book: Book, staging: Staging) -> None:
+        """Raise FetchedElsewhere where another process is fetching the same model, or has done so meanwhile."""
+        model = staging.wish.model
+        with self._guard:
+            item = self._index.models.get(model)
+        if (item is not None and item.name != staging.known) or self._fetching(book, model):
+            raise FetchedElsewhere(model)
+
+    def fetched_elsewhere(self, model: str) -> bool:
+        """Whether another process is fetching a model."""
+        self._refuse_nesting()
+        return self._store.ledger.look(lambda book: self._fetching(book, model))
+
+    def _fetching(self, book: Book, model: str) -> bool:
+        mine = self._store.owner
+        return any(at.owner != mine and (at.source, at.model) == (self._source, model) for at in book.holds())
+
+    def hold(self, book: Book, staging: Staging, reserved: int) -> None:
+        """Set bytes aside for a staging."""
+        charged = min(staging.charged, reserved)
+        owner, model = self._store.owner, staging.wish.model
+        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.waiting))
+        self.count(book)
+
+    def leave(self, book: Book, folder: Path, size: int) -> None:
+        """Go on counting a folder that could not be deleted yet."""
+        with self._guard:
+            id = self._index.debris.setdefault(folder, folder.name)
+        book.hold(Hold(id, self._store.owner, "", "", size, size, waiting=False))
+
+    def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
+        """Say what is to become of items."""
+        owner = self._store.owner if state in {State.LEAVING, State.ARRIVING} else None
+        book.mark([item.name for item in items], state, owner)
+
+    def touched(self, item: Item) -> None:
+        """Book a use; others are told with the next thing that they are told, or with many."""
+        with self._guard:
+            _, times = self._uses.get(item.name, (0.0, 0))
+            self._uses[item.name] = item.used, times + 1
+            many = len(self._uses) >= _BATCH
+        if many and self._store.writable:
+            self.change(self.learn)

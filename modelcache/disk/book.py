@@ -1,0 +1,222 @@
+"""``Book``: what the processes that share a disk folder agree on, as one transaction reads and writes it.
+
+Published folders with their recency, and the bytes that are set aside for those on their way. Each change has a number,
+so that a process reads only what is new to it. How a transaction comes about is ``disk.ledger``; what is decided in one,
+``disk.index`` and ``disk.reserving``.
+"""
+
+import enum
+import secrets
+import sqlite3
+from collections.abc import Iterable
+
+import attrs
+
+from modelcache.disk.layout import Record
+
+VERSION = 1
+"""Of the tables; a ledger with another one is made anew from the folders."""
+
+_KEPT = 4096  # changes for which it is remembered what has gone
+
+SCHEMA = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+INSERT INTO meta VALUES ('epoch', '{epoch}'), ('seq', 1), ('horizon', 0);
+CREATE TABLE artifacts(
+    name TEXT PRIMARY KEY, model TEXT, source TEXT, version TEXT, single TEXT, size INTEGER, fetched REAL,
+    fetch_seconds REAL, bytes INTEGER, state INTEGER, owner TEXT, used REAL, uses INTEGER, by TEXT, seq INTEGER
+) WITHOUT ROWID;
+CREATE INDEX changes ON artifacts(seq);
+CREATE TABLE holds(
+    id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, waiting INTEGER
+) WITHOUT ROWID;
+CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
+PRAGMA user_version = {version};
+"""
+
+
+class State(enum.IntEnum):
+    """What is to become of a published folder."""
+
+    PRESENT = 0
+    """It is served."""
+    ARRIVING = 1
+    """Its owner is about to publish it; its bytes count."""
+    DOOMED = 2
+    """It is old or deleted: nobody begins to read it, and it goes once nobody reads it."""
+    LEAVING = 3
+    """Its owner is removing it; its bytes count until it is gone."""
+    GONE = 4
+    """It is no more."""
+
+
+@attrs.frozen
+class Row:
+    """One published folder.
+
+    Attributes:
+        name: of the folder.
+        record: what it says of itself.
+        state: what is to become of it.
+        owner: the process that brings or removes it; None where nobody does.
+        used: seconds since the epoch of its last use.
+        uses: how often it was used.
+        by: the process that used it last.
+    """
+
+    name: str
+    record: Record
+    state: State
+    owner: str | None
+    used: float
+    uses: int
+    by: str | None
+
+
+@attrs.frozen
+class Hold:
+    """Bytes that are set aside: for an artifact on its way, or since its remains could not be deleted yet.
+
+    Attributes:
+        id: random.
+        owner: the process.
+        source: URL of the source; empty for remains.
+        model: id of the model; empty for remains.
+        reserved: bytes.
+        charged: how many of these were written, when that was last told.
+        waiting: whether it can't go on before others give room.
+    """
+
+    id: str
+    owner: str
+    source: str
+    model: str
+    reserved: int
+    charged: int
+    waiting: bool
+
+
+class Book:
+    """The ledger within one transaction.
+
+    Args:
+        connection: where it runs.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._sql = connection.execute
+        self._many = connection.executemany
+        self._seq: int | None = None
+
+    def _meta(self, key: str) -> str | int:
+        (value,) = self._sql("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def epoch(self) -> str:
+        """Which ledger this is: one that is made anew has another one."""
+        return str(self._meta("epoch"))
+
+    def _tick(self) -> int:
+        """Return the number of the changes of this transaction."""
+        if self._seq is None:
+            self._sql("UPDATE meta SET value = value + 1 WHERE key = 'seq'")
+            self._seq = int(self._meta("seq"))
+        return self._seq
+
+    def changes(self, since: int) -> tuple[list[Row], int, bool]:
+        """Return what has changed since a change, up to which one, and whether that is all there is.
+
+        Args:
+            since: number of the last change that is known; 0: none.
+        """
+        seq = int(self._meta("seq"))
+        if seq == since:
+            return [], since, False
+        whole = since < int(self._meta("horizon")) or since == 0
+        query = (
+            "SELECT name, model, source, version, single, size, fetched, fetch_seconds, bytes, state, owner, used, "
+            "uses, by FROM artifacts WHERE "
+        )
+        if whole:
+            found = self._sql(f"{query} state != ?", (State.GONE,))
+        else:
+            found = self._sql(f"{query} seq > ? ORDER BY seq", (since,))
+        rows = [Row(at[0], Record(*at[1:9]), State(at[9]), *at[10:]) for at in found]
+        return rows, seq, whole
+
+    def names(self) -> dict[str, State]:
+        """Return the names of all folders that are on record and not gone, and what is to become of them."""
+        found = self._sql("SELECT name, state FROM artifacts WHERE state != ?", (State.GONE,))
+        return {name: State(state) for name, state in found}
+
+    def add(self, found: Iterable[tuple[str, Record, float]], state: State, owner: str | None) -> None:
+        """Take folders in: name, record, and seconds since the epoch of the last use of each."""
+        seq = self._tick()
+        self._many(
+            "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
+            ((name, *attrs.astuple(record), state, owner, used, owner, seq) for name, record, used in found),
+        )
+
+    def mark(self, names: Iterable[str], state: State, owner: str | None) -> None:
+        """Say what is to become of folders."""
+        seq = self._tick()
+        self._many(
+            "UPDATE artifacts SET state = ?, owner = ?, seq = ? WHERE name = ? AND state != ?",
+            [(state, owner, seq, name, State.GONE) for name in names],
+        )
+
+    def gone(self, names: Iterable[str]) -> None:
+        """Say that folders are no more."""
+        self.mark(names, State.GONE, None)
+        seq = self._tick()
+        horizon = int(self._meta("horizon"))
+        if seq - horizon > 2 * _KEPT:
+            self._sql("DELETE FROM artifacts WHERE state = ? AND seq < ?", (State.GONE, seq - _KEPT))
+            self._sql("UPDATE meta SET value = ? WHERE key = 'horizon'", (seq - _KEPT,))
+
+    def touch(self, uses: Iterable[tuple[str, float, int]], by: str) -> None:
+        """Book uses: name, seconds since the epoch of the last one, how many."""
+        seq = self._tick()
+        self._many(
+            "UPDATE artifacts SET used = max(used, ?), uses = uses + ?, by = ?, seq = ? WHERE name = ?",
+            [(used, times, by, seq, name) for name, used, times in uses],
+        )
+
+    def holds(self) -> list[Hold]:
+        """Return all that is set aside, by any process."""
+        found = self._sql("SELECT id, owner, source, model, reserved, charged, waiting FROM holds")
+        return [Hold(*at[:6], waiting=bool(at[6])) for at in found]
+
+    def hold(self, hold: Hold) -> None:
+        """Set bytes aside, or more or fewer of them."""
+        self._sql("INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?)", attrs.astuple(hold))
+
+    def let_go(self, ids: Iterable[str]) -> None:
+        """Set bytes aside no longer."""
+        self._many("DELETE FROM holds WHERE id = ?", [(each,) for each in ids])
+
+    def owners(self) -> dict[str, str]:
+        """Return the processes that have said that they use the folder, and their settings."""
+        return dict(self._sql("SELECT owner, settings FROM processes").fetchall())
+
+    def register(self, owner: str, settings: str) -> None:
+        """Note a process."""
+        self._sql("INSERT OR REPLACE INTO processes VALUES (?, ?)", (owner, settings))
+
+    def owned(self, owner: str) -> list[tuple[str, State]]:
+        """Return the folders that a process was bringing or removing."""
+        found = self._sql("SELECT name, state FROM artifacts WHERE owner = ? AND state != ?", (owner, State.GONE))
+        return [(name, State(state)) for name, state in found]
+
+    def bury(self, owner: str) -> None:
+        """Forget a process that is dead, and all that was set aside for it."""
+        self._sql("DELETE FROM holds WHERE owner = ?", (owner,))
+        self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the tables of a new ledger, inside a transaction."""
+    for statement in SCHEMA.format(epoch=secrets.token_hex(8), version=VERSION).split(";"):
+        if statement.strip():
+            connection.execute(statement)

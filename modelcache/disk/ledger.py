@@ -1,0 +1,219 @@
+"""``Ledger``: the SQLite file in which the processes that share a disk folder agree (WAL mode, sqlite.org/wal.html).
+
+It is a memory, not the truth: each published folder carries what is needed to make the ledger anew, which happens where
+it is damaged, missing or of another version. What it holds is ``disk.book``.
+
+A SQLite handle must not come over a fork (sqlite.org/howtocorrupt.html, 2.6), not even unused: so it is closed before
+each fork, and opened again by whoever needs it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from modelcache.disk.book import VERSION, Book, create
+
+R = TypeVar("R")
+
+_TRY = 0.02  # seconds that one try waits for another process inside SQLite
+_PAUSE = 0.01  # longest pause between two tries
+_DAMAGED = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_SCHEMA,
+}
+_FRAMES = 500  # pages of the log after which it is written back
+
+
+class _OfAnotherVersion(sqlite3.DatabaseError):
+    """The tables are of another version."""
+
+
+class Ledger:
+    """Runs transactions.
+
+    Concurrency: any thread; one transaction at a time in a process. A decision may take the cache's guard inside; who
+    holds the guard never comes here.
+
+    Args:
+        path: the file; None: in memory, for a folder that can only be read.
+        mode: permissions of folders; the file gets the same without the execute bits.
+        fill: writes what is known from the folders into a new ledger.
+    """
+
+    def __init__(self, path: Path | None, mode: int, fill: Callable[[Book], None]) -> None:
+        self._path = path
+        self._mode = mode & 0o666
+        self._fill = fill
+        self._begin()
+
+    def _begin(self) -> None:
+        # guards the connection: SQLite's own I/O happens under it, and the guard of the cache may be taken;
+        # no other lock, no fetch, load or deletion, no code of a user's but Policy.
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] = (0, 0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this very thread is in the middle of a transaction (then it must not start another)."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]  # noqa: SLF001 - as Condition does
+
+    def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
+        """Run a transaction that reads and writes.
+
+        Args:
+            decide: is called once or more often: what it does to anything but the book must bear that.
+            check: is called between two tries, without any lock; raises to stop.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        return self._run("BEGIN IMMEDIATE", decide, check)
+
+    def look(self, decide: Callable[[Book], R]) -> R:
+        """Run a transaction that only reads; it never waits for a process that writes."""
+        return self._run("BEGIN", decide, None)
+
+    def _run(self, begin: str, decide: Callable[[Book], R], check: Callable[[], None] | None) -> R:
+        replaced = False
+        while True:
+            try:
+                with self._lock:
+                    return self._transact(begin, decide)
+            except sqlite3.Error as error:
+                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+                if code == sqlite3.SQLITE_FULL:
+                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({self._path})") from error
+                if code not in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+                    if replaced or code not in _DAMAGED:
+                        raise OSError(errno.EIO, f"{error} ({self._path})") from error
+                    if self._path is not None:
+                        self._replace(self._path)
+                    replaced = True
+            if check is not None:
+                check()
+            time.sleep(random.uniform(0, _PAUSE))  # noqa: S311 - so that two that met do not meet again
+
+    def _transact(self, begin: str, decide: Callable[[Book], R]) -> R:
+        connection = self._connect()
+        connection.execute(begin)
+        try:
+            result = decide(Book(connection))
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        return result
+
+    def _connect(self) -> sqlite3.Connection:
+        """Return the connection to the file that others see: somebody may have removed it under us."""
+        if self._connection is not None and (self._path is None or self._file == _identity(self._path)):
+            return self._connection
+        self._disconnect()
+        self._connection = self._open_file(self._path) if self._path is not None else self._open_memory()
+        return self._connection
+
+    def _open_memory(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._prepare(connection)
+        return connection
+
+    def _open_file(self, path: Path) -> sqlite3.Connection:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=self._mode | 0o700)
+        with self._entrance(path):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode))
+            if path.stat().st_uid == os.geteuid():
+                path.chmod(self._mode)  # whatever the umask; SQLite gives its other files the same
+            self._file = _identity(path)
+            connection = sqlite3.connect(path, timeout=_TRY, isolation_level=None, check_same_thread=False)
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # after a power cut the folders tell what is missing
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_FRAMES}")
+        connection.execute(f"PRAGMA journal_size_limit = {_FRAMES * 4096}")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version == VERSION:
+            return
+        if version != 0:
+            raise _OfAnotherVersion(f"version {version}, not {VERSION}")
+        connection.execute("BEGIN IMMEDIATE")
+        create(connection)
+        self._fill(Book(connection))
+        connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _entrance(self, path: Path) -> Iterator[None]:
+        """Open and replace one at a time: or one would find half of what another has replaced."""
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
+        try:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, self._mode)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _replace(self, path: Path) -> None:
+        """Remove a ledger that is damaged, unless somebody has done that already."""
+        with self._lock:
+            mine = self._file
+            self._disconnect()
+            with self._entrance(path):
+                if _identity(path) in {mine, (0, 0)} or mine == (0, 0):
+                    for name in (f"{path}-wal", f"{path}-shm", str(path)):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(name)  # noqa: PTH108 - a str
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        self._file = (0, 0)
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def before_fork(self) -> None:
+        """Close the file, and let nobody open it until the fork is over."""
+        self._lock.acquire()
+        self._disconnect()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def reset_after_fork(self) -> None:
+        """In a child: nothing was inherited but the lock, which is made anew."""
+        self._begin()
+
+    def close(self) -> None:
+        """Close the file; it is opened again by whoever needs it."""
+        with self._lock:
+            self._disconnect()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0)
+    return status.st_dev, status.st_ino

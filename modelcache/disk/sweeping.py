@@ -1,0 +1,78 @@
+"""Puts the ledger and the folders of a disk tier in step: at the start, and for processes that have died.
+
+Folders of live processes are left alone: each has its own temporary folder locked (``disk.workshop``).
+"""
+
+import logging
+
+from modelcache.disk.book import Book, State
+from modelcache.disk.store import Published, Store
+
+_log = logging.getLogger("modelcache")
+
+
+def reconcile(store: Store) -> None:
+    """Take in folders that the ledger does not know, and drop what it knows and is not there.
+
+    Raises:
+        OSError: the disk is full, or broken.
+    """
+    listed = store.names()
+    if listed is None:
+        return
+    known = store.ledger.look(Book.names)
+    found = {name: store.read(name) for name in listed - known.keys()}
+    lost = [name for name in known.keys() - listed if known[name] in {State.PRESENT, State.DOOMED}]
+    lost = [name for name in lost if not store.exists(name)]
+    fresh = [at for at in found.values() if at is not None]
+    if fresh or lost:
+        store.ledger.change(lambda book: _correct(book, fresh, lost))
+    for name, at in found.items():
+        if at is None and store.exists(name):
+            _clear(store, name)
+
+
+def _correct(book: Book, fresh: list[Published], lost: list[str]) -> None:
+    known = book.names()
+    book.add(((at.name, at.record, at.used) for at in fresh if at.name not in known), State.PRESENT, None)
+    book.gone(lost)
+
+
+def _clear(store: Store, name: str) -> None:
+    """Remove a published folder whose record can't be read, so that its bytes do not go uncounted."""
+    if not store.writable:
+        return
+    _log.warning("%s in %s is damaged: removed, to be fetched again", name, store.path)
+    try:
+        aside = store.remove(name)
+        if aside is not None:
+            store.discard(aside)
+    except OSError as error:
+        _log.warning("%s can't be removed (%s): look at its owner and mode", name, error)
+
+
+def sweep(store: Store) -> None:
+    """Delete what dead processes left, and give back what was set aside for them.
+
+    Raises:
+        OSError: the disk is full, or broken.
+    """
+    if not store.writable:
+        return
+    owners = set(store.ledger.look(Book.owners))  # before the look at their folders, which come first
+    swept = store.sweep()
+    dead = owners.intersection(swept) | (owners - store.workers())
+    for owner in dead:
+        left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
+        there = {name for name, _ in left if store.exists(name)}
+        store.ledger.change(lambda book, owner=owner, left=left, there=there: _bury(book, owner, left, there))  # type: ignore[misc]
+
+
+def _bury(book: Book, owner: str, left: list[tuple[str, State]], there: set[str]) -> None:
+    """Forget a dead process; what it had just published is served, what it was removing goes first."""
+    arrived = [name for name, state in left if name in there and state is State.ARRIVING]
+    stayed = [name for name, state in left if name in there and state is not State.ARRIVING]
+    book.mark(arrived, State.PRESENT, None)
+    book.mark(stayed, State.DOOMED, None)
+    book.gone(name for name, _ in left if name not in there)
+    book.bury(owner)

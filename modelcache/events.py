@@ -30,6 +30,8 @@ class Reason(enum.StrEnum):
     """A fetch would have left less than ``disk.min_free`` on the file system."""
     MEMORY_ERROR = "memory error"
     """A load raised MemoryError, and is tried once more with this room."""
+    DAMAGED = "damaged"
+    """The artifact on disk was no longer what was published; it is removed, and fetched again."""
     IDLE = "idle"
     """Nobody used the model for ``memory.idle_after`` seconds."""
     EVICTED = "evicted"

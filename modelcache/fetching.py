@@ -95,6 +95,23 @@ class Trip(Generic[T]):
         return self._flights.hopeless(self._flight, self._residents.holding_threads())
 
 
+@attrs.define
+class _Quest:
+    """What the tries to fetch one artifact have come to.
+
+    Attributes:
+        beside: bytes of the version on disk that stays until there is a new one.
+        known: name of the folder of the version that is on disk.
+        least: bytes to reserve at once.
+        restarts: how often the artifact changed while it was fetched.
+    """
+
+    beside: int = 0
+    known: str = ""
+    least: int = 0
+    restarts: int = 0
+
+
 @attrs.define(eq=False)
 class Counters:
     """What the loader has done so far; written under the guard."""
@@ -151,8 +168,7 @@ class Fetcher(Generic[T]):
 
     def _from_source(self, flight: Flight[T], held: Held | None) -> Held | InPlace:
         """Fetch what the source has now, unless that is what is held."""
-        least = restarts = 0
-        known = "" if held is None else held.item.name
+        quest = _Quest() if held is None else _Quest(beside=held.item.bytes, known=held.item.name)
         while True:
             artifact = self.source.find(flight.model)
             if artifact.path is not None:
@@ -162,35 +178,37 @@ class Fetcher(Generic[T]):
                 return InPlace(artifact.path, artifact.size, artifact.version)
             if held is not None and artifact.version == held.version:
                 return held
-            try:
-                fresh = self._fetch(flight, artifact, least, 0 if held is None else held.item.bytes, known)
-            except ArtifactChanged:
-                restarts += 1
-                if restarts >= _RESTARTS:
-                    raise
-                continue
-            except Contention as contention:
-                least = contention.need
-                with self.guard:
-                    self.guard.wait(RECHECK)
-                continue
-            except FetchedElsewhere:
-                found = self.shelf.await_others(Trip(flight, self.flights, self.residents))
-                if found is None:
-                    continue
-                if flight.refresh and found.version != artifact.version:
-                    known = found.item.name
-                    self.shelf.release(found)
-                    continue
-                fresh = found
-            if held is not None:
-                self.shelf.release(held)
-            return fresh
+            fresh = self._attempt(flight, artifact, quest)
+            if fresh is not None:
+                if held is not None:
+                    self.shelf.release(held)
+                return fresh
 
-    def _fetch(self, flight: Flight[T], artifact: Artifact, least: int, beside: int, known: str) -> Held:
+    def _attempt(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Held | None:
+        """Fetch an artifact, or take it from another process; None where the source is to be asked again."""
+        try:
+            return self._fetch(flight, artifact, quest)
+        except ArtifactChanged:
+            quest.restarts += 1
+            if quest.restarts >= _RESTARTS:
+                raise
+        except Contention as contention:
+            quest.least = contention.need
+            with self.guard:
+                self.guard.wait(RECHECK)
+        except FetchedElsewhere:
+            found = self.shelf.await_others(Trip(flight, self.flights, self.residents))
+            if found is not None and flight.refresh and found.version != artifact.version:
+                quest.known = found.item.name
+                self.shelf.release(found)
+                return None
+            return found
+        return None
+
+    def _fetch(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Held:
         started = time.monotonic()
         trip = Trip(flight, self.flights, self.residents)
-        staging = self.shelf.stage(trip, artifact.size, least, beside, known)
+        staging = self.shelf.stage(trip, artifact.size, quest.least, quest.beside, quest.known)
         flight.state = "fetching"
         try:
             path = fetch(

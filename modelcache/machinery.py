@@ -97,7 +97,7 @@ class Machinery(Generic[T]):
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard)
         self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, _Upstairs(self), self.teller)
-        self.shelf = Shelf(self.disk.store, self.source.url, self.guard, index, agreed, self.disk_room)
+        self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, self.disk_room, self.teller)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
         self.monitor = Monitor(self._look, self.memory.interval)
         self.fetcher: Fetcher[T] = Fetcher(

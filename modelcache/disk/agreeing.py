@@ -129,8 +129,8 @@ class Agreement:
     def leave(self, book: Book, folder: Path, size: int) -> None:
         """Go on counting a folder that could not be deleted yet."""
         with self._guard:
-            id = self._index.debris.setdefault(folder, folder.name)
-        book.hold(Hold(id, self._store.owner, "", "", size, size, waiting=False))
+            name = self._index.debris.setdefault(folder, folder.name)
+        book.hold(Hold(name, self._store.owner, "", "", size, size, waiting=False))
 
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""
@@ -143,5 +143,10 @@ class Agreement:
             _, times = self._uses.get(item.name, (0.0, 0))
             self._uses[item.name] = item.used, times + 1
             many = len(self._uses) >= _BATCH
-        if many and self._store.writable:
+        if many:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what others don't know yet."""
+        if self._uses and self._store.writable:
             self.change(self.learn)

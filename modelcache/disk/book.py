@@ -1,8 +1,8 @@
 """``Book``: what the processes that share a disk folder agree on, as one transaction reads and writes it.
 
-Published folders with their recency, and the bytes that are set aside for those on their way. Each change has a number,
-so that a process reads only what is new to it. How a transaction comes about is ``disk.ledger``; what is decided in one,
-``disk.index`` and ``disk.reserving``.
+Published folders with their recency, and the bytes that are set aside for those on their way. Each change has a
+number, so that a process reads only what is new to it. How a transaction comes about is ``disk.ledger``; what is
+decided in one, ``disk.index`` and ``disk.reserving``.
 """
 
 import enum
@@ -23,8 +23,10 @@ SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 INSERT INTO meta VALUES ('epoch', '{epoch}'), ('seq', 1), ('horizon', 0);
 CREATE TABLE artifacts(
-    name TEXT PRIMARY KEY, model TEXT, source TEXT, version TEXT, single TEXT, size INTEGER, fetched REAL,
-    fetch_seconds REAL, bytes INTEGER, state INTEGER, owner TEXT, used REAL, uses INTEGER, by TEXT, seq INTEGER
+    name TEXT PRIMARY KEY,
+    model TEXT, source TEXT, version TEXT, single TEXT, size INTEGER, fetched REAL, fetch_seconds REAL, bytes INTEGER,
+    digest TEXT,
+    state INTEGER, owner TEXT, used REAL, uses INTEGER, by TEXT, seq INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX changes ON artifacts(seq);
 CREATE TABLE holds(
@@ -135,14 +137,14 @@ class Book:
             return [], since, False
         whole = since < int(self._meta("horizon")) or since == 0
         query = (
-            "SELECT name, model, source, version, single, size, fetched, fetch_seconds, bytes, state, owner, used, "
-            "uses, by FROM artifacts WHERE "
+            "SELECT name, model, source, version, single, size, fetched, fetch_seconds, bytes, digest, state, owner, "
+            "used, uses, by FROM artifacts WHERE "
         )
         if whole:
             found = self._sql(f"{query} state != ?", (State.GONE,))
         else:
             found = self._sql(f"{query} seq > ? ORDER BY seq", (since,))
-        rows = [Row(at[0], Record(*at[1:9]), State(at[9]), *at[10:]) for at in found]
+        rows = [Row(at[0], Record(*at[1:10]), State(at[10]), *at[11:]) for at in found]
         return rows, seq, whole
 
     def names(self) -> dict[str, State]:
@@ -154,7 +156,7 @@ class Book:
         """Take folders in: name, record, and seconds since the epoch of the last use of each."""
         seq = self._tick()
         self._many(
-            "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
+            "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
             ((name, *attrs.astuple(record), state, owner, used, owner, seq) for name, record, used in found),
         )
 
@@ -186,7 +188,7 @@ class Book:
     def holds(self) -> list[Hold]:
         """Return all that is set aside, by any process."""
         found = self._sql("SELECT id, owner, source, model, reserved, charged, waiting FROM holds")
-        return [Hold(*at[:6], waiting=bool(at[6])) for at in found]
+        return [Hold(*at, waiting=bool(waiting)) for *at, waiting in found]
 
     def hold(self, hold: Hold) -> None:
         """Set bytes aside, or more or fewer of them."""

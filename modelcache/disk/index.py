@@ -59,6 +59,7 @@ class Item:
         state: what is to become of it.
         was: what was to become of it before somebody began to remove it here.
         pins: how often this process has it pinned.
+        verified: whether this process has compared its digest, or has computed it.
         read_elsewhere: monotonic time until which another process is taken to read it.
         stuck: monotonic time until which the system is taken to refuse its removal.
     """
@@ -70,6 +71,7 @@ class Item:
     state: State = State.PRESENT
     was: State = State.PRESENT
     pins: int = 0
+    verified: bool = False
     read_elsewhere: float = 0.0
     stuck: float = 0.0
 
@@ -201,6 +203,7 @@ class Index:
         self._bytes = 0  # of all items
         self._strangers: dict[str, Item] = {}  # what is no model's present artifact
         self._going: dict[str, Item] = {}
+        self._coming: dict[str, Item] = {}
         self._pinned: set[Item] = set()
         self._elsewhere: set[Item] = set()
         self._epoch = ""
@@ -258,10 +261,12 @@ class Index:
     def _place(self, item: Item) -> None:
         """Put an item where its state says that it belongs."""
         record, present = item.record, self.models.get(item.model)
-        self._going.pop(item.name, None)
-        self._strangers.pop(item.name, None)
+        for kind in (self._going, self._coming, self._strangers):
+            kind.pop(item.name, None)
         if item.state is State.LEAVING:
             self._going[item.name] = item
+        if item.state is State.ARRIVING:
+            self._coming[item.name] = item
         serves = item.state is State.PRESENT and record.source == self._source
         if serves and present is not item and (present is None or present.record.fetched <= record.fetched):
             if present is not None:
@@ -299,6 +304,10 @@ class Index:
     def leaving(self) -> int:
         """Return the bytes of the artifacts whose removal is under way."""
         return sum(item.bytes for item in self._going.values())
+
+    def moving(self) -> bool:
+        """Whether something is about to be published or removed, by any process."""
+        return bool(self._going or self._coming)
 
     def used(self) -> int:
         """Return the bytes that artifacts, fetches and removals under way take."""

@@ -50,6 +50,7 @@ class Record:
         fetched: seconds since the epoch at which it was published.
         fetch_seconds: how long fetch and unpacking took.
         bytes: what the file system allocated for the whole folder.
+        digest: of the artifact (``disk.digests``).
     """
 
     model: str
@@ -60,6 +61,7 @@ class Record:
     fetched: float
     fetch_seconds: float
     bytes: int = 0
+    digest: str = ""
 
     def to_json(self) -> str:
         """Return the text of ``record.json``; its length does not depend on ``bytes``."""
@@ -84,7 +86,7 @@ class Record:
 
 
 def _well_typed(record: Record) -> bool:
-    texts = (record.model, record.source, record.version, "" if record.single is None else record.single)
+    texts = (record.model, record.source, record.version, record.digest, "" if record.single is None else record.single)
     numbers = (record.size, record.fetched, record.fetch_seconds, record.bytes)
     plain = record.single is None or record.single == Path(record.single).name
     return plain and all(isinstance(text, str) for text in texts) and all(isinstance(n, int | float) for n in numbers)

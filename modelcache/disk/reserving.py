@@ -134,7 +134,7 @@ class DiskRoom:
                 pinned, decision.shortage.reason, decision.shortage.figures, staging.wish.model
             ):
                 self._wait(staging, amount, decision.shortage)
-                swept = swept and not self._index.others.sharing
+                swept = not self._index.others.sharing
 
     def _decide(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
         """Set the bytes aside, or mark who is to go; what this process knows changes only if all do."""
@@ -202,9 +202,7 @@ class DiskRoom:
             self._agreed.change(lambda book: self._agreed.hold(book, staging, staging.reserved))
         with self._guard:
             others = self._index.stagings - {staging}
-            moving = (
-                self._index.leaving() > 0 or self._index.others.moving or any(not other.waiting for other in others)
-            )
+            moving = self._index.moving() or self._index.others.moving or any(not other.waiting for other in others)
             sharing = self._index.others.sharing or any(other.reserved for other in others)
             state, wish.state = wish.state, "waiting for room"
             try:

@@ -4,6 +4,7 @@ What may stay is decided by ``disk.index`` and agreed on with other processes by
 ``disk.reserving``; files are ``disk.store``'s.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +17,12 @@ from modelcache.disk.index import RECHECK, Index, Item, Staging, Wish
 from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
 from modelcache.disk.pins import Pin
 from modelcache.disk.reserving import DiskRoom
-from modelcache.disk.store import Store
 from modelcache.disk.sweeping import sweep
-from modelcache.errors import AccessDenied
+from modelcache.disk.tier import DiskTier
+from modelcache.errors import AccessDenied, ArtifactCorrupt, ModelCacheError
+from modelcache.events import Failed, Reason
 from modelcache.guard import Guard
+from modelcache.telling import Teller
 
 _MOMENT = 0.02  # seconds until what other processes are doing is looked at again
 _OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
@@ -59,19 +62,29 @@ class Shelf:
     """The artifacts of one disk tier.
 
     Args:
-        store: its folder.
+        tier: its settings and folder.
         source: URL of the cache's source.
         guard: the cache's lock.
         index: what lies there.
         agreed: what all processes agree on.
         room: makes room for more.
+        teller: takes events, outside the guard.
     """
 
     def __init__(
-        self, store: Store, source: str, guard: Guard, index: Index, agreed: Agreement, room: DiskRoom
+        self,
+        tier: DiskTier,
+        source: str,
+        guard: Guard,
+        index: Index,
+        agreed: Agreement,
+        room: DiskRoom,
+        teller: Teller,
     ) -> None:
-        self._store = store
+        self._store = store = tier.store
+        self._verify = tier.verify
         self._source = source
+        self._teller = teller
         self._guard = guard
         self._agreed = agreed
         self._room = room
@@ -116,16 +129,34 @@ class Shelf:
             except BaseException:
                 self._unpinned(item)
                 raise
-            if pin is not None:
+            if pin is not None and self._sound(item):
                 self._agreed.touched(item)
                 return Held(item, self._store.folder(item.name), pin)
-            self._lost(item)
+            self._lost(item, pin)
 
-    def _lost(self, item: Item) -> None:
-        """Book that an item can't be pinned: another process removes it just now, or somebody has done so."""
+    def _sound(self, item: Item) -> bool:
+        """Whether a pinned artifact is there, and is what was published, as far as that is to be looked at."""
+        if self._store.read(item.name) is None:
+            return False
+        if self._verify == "never" or (self._verify == "first_use" and item.verified):
+            return True
+        item.verified = self._store.intact(item.record, item.name)
+        return item.verified
+
+    def _lost(self, item: Item, pin: Pin | None) -> None:
+        """Book that an item can't be read: it is damaged, or another process removes it, or somebody has done so."""
+        if pin is not None:
+            pin.close()
         with self._guard:
             self.index.unpin(item)
-        if self._store.exists(item.name):
+        if pin is not None or self._store.spoilt(item.name):
+            if self._store.writable:
+                self._tell_damaged(item)
+                self._room.remove(self._agreed.change(lambda book: self._doom(book, [item])))
+            else:
+                with self._guard:
+                    self.index.forget(item)
+        elif self._store.exists(item.name):
             with self._guard:  # the ledger may say that it stays after all
                 self._guard.wait(_MOMENT)
         elif self._store.writable:
@@ -133,6 +164,19 @@ class Shelf:
         else:
             with self._guard:
                 self.index.forget(item)
+
+    def _tell_damaged(self, item: Item) -> None:
+        event = Failed(
+            seq=self._teller.number(),
+            time=time.time(),
+            model=item.model,
+            tier="disk",
+            reason=Reason.DAMAGED,
+            bytes=item.bytes,
+            error=ArtifactCorrupt.__name__,
+            message=f"{item.name} in {self._store.path} is damaged: removed, to be fetched again; check that disk",
+        )
+        self._teller.tell([event])
 
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
@@ -303,6 +347,7 @@ class Shelf:
         with self._guard:
             self.index.stagings.discard(staging)
             item = self.index.items[name]
+            item.verified = True
             self.index.pin(item)  # before anybody sees it, so that nobody removes it first
         try:
             self._store.publish(staging.folder, name)
@@ -382,4 +427,6 @@ class Shelf:
 
     def close(self) -> None:
         """Remove this process's temporary folder; the artifacts stay for the next start."""
+        with contextlib.suppress(OSError, ModelCacheError):  # or the next start knows less of who was used last
+            self._agreed.tell()
         self._store.close()

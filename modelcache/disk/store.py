@@ -26,6 +26,7 @@ import attrs
 
 from modelcache.disk import figures
 from modelcache.disk.book import Book, State
+from modelcache.disk.digests import digest_of
 from modelcache.disk.files import allocated, make_folder, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, FORMAT, MARKER, RECORD, Record, is_published
@@ -76,6 +77,7 @@ class Store:
         self.writable = True
         self._models = path / "models"
         self._workshop = Workshop(path / "tmp", mode)
+        self._pins: Pins = FolderPins()  # which has nothing open yet
         self.ledger = Ledger(path / "ledger.sqlite3", mode, self._fill)
         with _told(path):
             self._open()
@@ -211,9 +213,10 @@ class Store:
             OSError: the disk is full, or broken.
         """
         path = staged / RECORD
-        path.write_text(record.to_json())
+        path.write_text(attrs.evolve(record, digest="0" * 64).to_json())
         path.chmod(self.mode & 0o666)
         figures.reserve(staged, self.mode)
+        record = attrs.evolve(record, digest=digest_of(staged / ARTIFACT))
         sync_tree(staged)
         record = attrs.evolve(record, bytes=allocated(staged))
         with path.open("r+") as file:  # of the same length
@@ -258,6 +261,13 @@ class Store:
         except (OSError, UnicodeDecodeError):
             return None
 
+    def intact(self, record: Record, name: str) -> bool:
+        """Whether a published artifact is to the byte what was unpacked; one without a digest is taken to be."""
+        try:
+            return not record.digest or digest_of(self._models / name / ARTIFACT) == record.digest
+        except OSError:
+            return False
+
     def _fill(self, book: Book) -> None:
         """Write what lies in the folders into a new ledger."""
         found = (self.read(name) for name in self.names() or ())
@@ -266,6 +276,11 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether there is anything of that name among the published folders."""
         return os.path.lexists(self._models / name)
+
+    def spoilt(self, name: str) -> bool:
+        """Whether somebody has put something else in place of a published folder."""
+        folder = self._models / name
+        return folder.is_symlink() or (self.exists(name) and not folder.is_dir())
 
     def pin(self, name: str) -> Pin | None:
         """Lock a published folder against removal by any process; None where it is gone already.

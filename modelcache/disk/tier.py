@@ -33,6 +33,9 @@ class DiskTier:
             unit, or a percentage of the file system. 0 switches the guard off.
         policy: ``"lru"``, ``"lfu"``, ``"fifo"``, or a ``policies.Policy``. It is told of memory misses only.
         mode: permissions of the folders made here; files get the same without the execute bits.
+        verify: when an artifact's files are read in full and compared with the digest stored at their publication:
+            ``"first_use"`` in each process, ``"always"`` before each load, or ``"never"``. What is damaged is
+            removed, told by a ``Failed`` event with reason ``DAMAGED``, and fetched again.
 
     Raises:
         ConfigError: a setting can't work, or the folder can't be one.
@@ -42,7 +45,15 @@ class DiskTier:
     go, and may, is gone. A tier serves one cache.
     """
 
-    __slots__ = ("_budget", "_changed", "_min_free", "_mode", "_policy", "_store")  # an assignment with a typo raises
+    __slots__ = (
+        "_budget",
+        "_changed",
+        "_min_free",
+        "_mode",
+        "_policy",
+        "_store",
+        "_verify",
+    )  # an assignment with a typo raises
 
     def __init__(
         self,
@@ -51,11 +62,13 @@ class DiskTier:
         min_free: int | str = "1 GiB",
         policy: str | Policy = "lru",
         mode: int = 0o700,
+        verify: str = "first_use",
     ) -> None:
         self._budget = _parse_budget(budget)
         self._min_free = parse_size(min_free, "min_free", zero=True)
         self._policy = make_policy(policy, "policy")
         self._mode = _check_mode(mode)
+        self._verify = _check_verify(verify)
         self._store: Store | None = None
         self._changed: Callable[[], None] | None = None
         if path is not None:
@@ -108,6 +121,11 @@ class DiskTier:
         """Who gives way first; fixed at construction."""
         return self._policy
 
+    @property
+    def verify(self) -> str:
+        """When artifacts are compared with their digest; fixed at construction."""
+        return self._verify
+
     def _bytes(self, size: Size) -> int:
         return size.of(self.store.total()) if isinstance(size, Percent) else size
 
@@ -140,6 +158,12 @@ def _check_mode(mode: object) -> int:
         setting="mode",
         value=mode,
     )
+
+
+def _check_verify(verify: object) -> str:
+    if isinstance(verify, str) and verify in {"never", "first_use", "always"}:
+        return verify
+    raise ConfigError(f"verify={verify!r} must be 'never', 'first_use' or 'always'", setting="verify", value=verify)
 
 
 def _parse_budget(value: int | str | None) -> Size | None:

@@ -58,6 +58,7 @@ class Watch:
         """Look once; return whether there is anything left to watch."""
         parts = self._parts
         parts.room.look()
+        parts.disk_room.help_others()
         self._revalidate()
         parts.teller.tell(self._weigh())
         parts.report_policies()

@@ -58,6 +58,15 @@ class Agreement:
         self._refuse_nesting()
         self._store.ledger.look(self._catch_up)
 
+    def look_at_others(self) -> None:
+        """Learn what other processes have changed, have set aside and wait for."""
+        self._refuse_nesting()
+        self._store.ledger.look(self._look)
+
+    def _look(self, book: Book) -> None:
+        self._catch_up(book)
+        self.count(book)
+
     def _refuse_nesting(self) -> None:
         if self.busy:
             raise ModelCacheError(
@@ -79,7 +88,7 @@ class Agreement:
         if self._registered != (epoch, owner) and self._store.writable:
             book.register(owner, json.dumps({"source": self._source}))
             with self._guard:
-                stagings = [staging for staging in self._index.stagings if staging.reserved]
+                stagings = [staging for staging in self._index.stagings if staging.listed]
             for staging in stagings:
                 self.hold(book, staging, staging.reserved)
             self._registered = (epoch, owner)
@@ -96,8 +105,9 @@ class Agreement:
         others = Others(
             reserved=sum(hold.reserved for hold in holds),
             unwritten=sum(max(hold.reserved - hold.charged, 0) for hold in holds),
-            sharing=any(hold.reserved for hold in foreign),
-            moving=any(not hold.waiting for hold in foreign),
+            sharing=bool(foreign),
+            moving=any(not hold.wanted for hold in foreign),
+            wanted=sum(hold.wanted for hold in foreign),
         )
         with self._guard:
             self._index.others = others
@@ -117,20 +127,22 @@ class Agreement:
 
     def _fetching(self, book: Book, model: str) -> bool:
         mine = self._store.owner
-        return any(at.owner != mine and (at.source, at.model) == (self._source, model) for at in book.holds())
+        owners = {hold.owner for hold in book.holds() if (hold.source, hold.model) == (self._source, model)}
+        return bool((owners | book.arriving(self._source, model)) - {mine})
 
     def hold(self, book: Book, staging: Staging, reserved: int) -> None:
         """Set bytes aside for a staging."""
         charged = min(staging.charged, reserved)
         owner, model = self._store.owner, staging.wish.model
-        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.waiting))
+        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.wanted))
+        staging.listed = True
         self.count(book)
 
     def leave(self, book: Book, folder: Path, size: int) -> None:
         """Go on counting a folder that could not be deleted yet."""
         with self._guard:
             name = self._index.debris.setdefault(folder, folder.name)
-        book.hold(Hold(name, self._store.owner, "", "", size, size, waiting=False))
+        book.hold(Hold(name, self._store.owner, "", "", size, size, 0))
 
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""

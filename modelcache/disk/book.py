@@ -29,8 +29,9 @@ CREATE TABLE artifacts(
     state INTEGER, owner TEXT, used REAL, uses INTEGER, by TEXT, seq INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX changes ON artifacts(seq);
+CREATE INDEX moving ON artifacts(owner) WHERE owner IS NOT NULL;
 CREATE TABLE holds(
-    id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, waiting INTEGER
+    id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, wanted INTEGER
 ) WITHOUT ROWID;
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
 PRAGMA user_version = {version};
@@ -86,7 +87,7 @@ class Hold:
         model: id of the model; empty for remains.
         reserved: bytes.
         charged: how many of these were written, when that was last told.
-        waiting: whether it can't go on before others give room.
+        wanted: bytes without which it can't go on; 0: it goes on.
     """
 
     id: str
@@ -95,7 +96,7 @@ class Hold:
     model: str
     reserved: int
     charged: int
-    waiting: bool
+    wanted: int
 
 
 class Book:
@@ -187,8 +188,8 @@ class Book:
 
     def holds(self) -> list[Hold]:
         """Return all that is set aside, by any process."""
-        found = self._sql("SELECT id, owner, source, model, reserved, charged, waiting FROM holds")
-        return [Hold(*at, waiting=bool(waiting)) for *at, waiting in found]
+        found = self._sql("SELECT id, owner, source, model, reserved, charged, wanted FROM holds")
+        return [Hold(*at) for at in found]
 
     def hold(self, hold: Hold) -> None:
         """Set bytes aside, or more or fewer of them."""
@@ -210,6 +211,11 @@ class Book:
         """Return the folders that a process was bringing or removing."""
         found = self._sql("SELECT name, state FROM artifacts WHERE owner = ? AND state != ?", (owner, State.GONE))
         return [(name, State(state)) for name, state in found]
+
+    def arriving(self, source: str, model: str) -> set[str]:
+        """Return the processes that are about to publish a model."""
+        query = "SELECT owner FROM artifacts WHERE owner IS NOT NULL AND state = ? AND source = ? AND model = ?"
+        return {owner for (owner,) in self._sql(query, (State.ARRIVING, source, model))}
 
     def bury(self, owner: str) -> None:
         """Forget a process that is dead, and all that was set aside for it."""

@@ -98,6 +98,8 @@ class Staging:
         charged: bytes of these that were written or are about to be.
         told: how many of these the ledger knows of.
         waiting: it can't go on before others give room.
+        wanted: bytes that others were told it waits for.
+        listed: whether the ledger knows of it.
         beside: bytes of the version on disk that stays until this one is published.
         known: name of the folder of that version; empty where there is none.
     """
@@ -109,6 +111,8 @@ class Staging:
     charged: int = 0
     told: int = 0
     waiting: bool = False
+    wanted: int = 0
+    listed: bool = False
     beside: int = 0
     known: str = ""
 
@@ -167,14 +171,16 @@ class Others:
     Attributes:
         reserved: bytes, of all processes.
         unwritten: how many of these were not written yet, when that was last told.
-        sharing: whether another process has some.
+        sharing: whether another process has some, or wants some.
         moving: whether one of these may go on without getting more.
+        wanted: bytes without which others can't go on.
     """
 
     reserved: int = 0
     unwritten: int = 0
     sharing: bool = False
     moving: bool = False
+    wanted: int = 0
 
 
 class Index:
@@ -349,8 +355,8 @@ class Index:
 
     def read_elsewhere(self) -> bool:
         """Whether another process reads something that could go otherwise."""
-        now = time.monotonic()
-        self._elsewhere = {item for item in self._elsewhere if item.read_elsewhere >= now}
+        since = time.monotonic() - RECHECK  # one look longer than it counts, or there would be a gap between the two
+        self._elsewhere = {item for item in self._elsewhere if item.read_elsewhere >= since}
         return bool(self._elsewhere)
 
     def kept(self, item: Item, state: State) -> None:

@@ -157,6 +157,7 @@ class DiskRoom:
             if victims:
                 self._agreed.mark(book, victims, State.LEAVING)
             if shortage.fits and staging is not None:
+                staging.wanted = 0
                 self._agreed.hold(book, staging, staging.reserved + amount)
             return _Decision(shortage, list(victims), told)
 
@@ -197,8 +198,8 @@ class DiskRoom:
             Contention: two fetches hold what the other needs.
         """
         wish = staging.wish
-        if self._index.others.sharing and not staging.waiting:  # or two processes would wait for one another
-            staging.waiting = True
+        if staging.wanted != amount and (self._index.others.sharing or self._index.read_elsewhere()):
+            staging.wanted = amount  # or two processes would wait for one another
             self._agreed.change(lambda book: self._agreed.hold(book, staging, staging.reserved))
         with self._guard:
             others = self._index.stagings - {staging}
@@ -292,6 +293,24 @@ class DiskRoom:
         for folder, size in debris.items():
             self._agreed.leave(book, folder, size)
         self._agreed.count(book)
+
+    def help_others(self) -> None:
+        """Evict the coldest idle model from memory where another process waits for the room that its files take.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        with self._guard:
+            pinned = self._index.pinned()
+        if not pinned or not self._store.writable:
+            return
+        self._agreed.look_at_others()
+        limits = self._read_limits()
+        with self._guard:
+            wanted = self._index.others.wanted
+            shortage = self._index.shortage(wanted, limits)
+        if wanted and shortage.missing > 0:
+            self._upstairs.give_up(pinned, shortage.reason, shortage.figures, "")
 
     def shrink(self) -> None:
         """Evict what a lowered budget or a raised ``min_free`` demands; returns once all that may go is gone.

@@ -321,7 +321,7 @@ class Shelf:
         """Give a reservation back; what can't be deleted now (no descriptor left, say) counts until it is gone."""
         with self._guard:
             self.index.stagings.discard(staging)
-        if staging.reserved:
+        if staging.listed:
             self._agreed.change(lambda book: self._dropped(book, staging, debris))
         with self._guard:
             self._guard.notify()

@@ -11,6 +11,7 @@ from modelcache.reports import ModelInfo, Stats
 def models(parts: Machinery[Any]) -> list[ModelInfo]:
     """Return a row for each model in a tier, sorted by id."""
     parts.settle()
+    parts.shelf.look()
     with parts.guard:
         parts.residents.drain()
         rows: dict[str, ModelInfo] = {}
@@ -58,6 +59,7 @@ def _sizes(parts: Machinery[Any], model: str) -> dict[str, Any]:
 def stats(parts: Machinery[Any]) -> Stats:
     """Return all figures at this moment."""
     parts.settle()
+    parts.shelf.look()
     limits = parts.memory.limits()
     disk_budget = parts.disk.budget
     with parts.guard:

@@ -41,6 +41,7 @@ class Agreement:
         self._index = index
         self._guard = guard
         self._uses: dict[str, tuple[float, int]] = {}
+        self._stale: set[str] = set()  # reservations that could not be given back yet
         self._registered = ("", "")
 
     @property
@@ -51,7 +52,28 @@ class Agreement:
     def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
         """Run a transaction that reads and writes; see ``Ledger.change``."""
         self._refuse_nesting()
-        return self._store.ledger.change(decide, check)
+        stale = set(self._stale)
+        result = self._store.ledger.change(lambda book: self._decide(book, stale, decide), check)
+        self._stale -= stale
+        return result
+
+    def _decide(self, book: Book, stale: set[str], decide: Callable[[Book], R]) -> R:
+        if stale:
+            book.let_go(stale)
+        return decide(book)
+
+    def drop(self, staging: Staging, debris: Path | None) -> None:
+        """Give a reservation back; what can't be deleted now counts until it is gone."""
+        try:
+            self.change(lambda book: self._drop(book, staging, debris))
+        except OSError:  # the disk is full, say: with the next transaction, then
+            self._stale.add(staging.id)
+
+    def _drop(self, book: Book, staging: Staging, debris: Path | None) -> None:
+        book.let_go([staging.id])
+        if debris is not None:
+            self.leave(book, debris, staging.reserved)
+        self.count(book)
 
     def look(self) -> None:
         """Learn what other processes have changed."""

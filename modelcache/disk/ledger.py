@@ -34,6 +34,7 @@ _DAMAGED = {
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_SCHEMA,
 }
+_SPARE = 64 * 2**10  # bytes that are given up where the disk is full
 _FRAMES = 500  # pages of the log after which it is written back
 
 
@@ -95,9 +96,9 @@ class Ledger:
                     return self._transact(begin, decide)
             except sqlite3.Error as error:
                 code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-                if code == sqlite3.SQLITE_FULL:
+                if code == sqlite3.SQLITE_FULL and not self._give_way():
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({self._path})") from error
-                if code not in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+                if code not in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}:
                     if replaced or code not in _DAMAGED:
                         raise OSError(errno.EIO, f"{error} ({self._path})") from error
                     if self._path is not None:
@@ -106,6 +107,25 @@ class Ledger:
             if check is not None:
                 check()
             time.sleep(random.uniform(0, _PAUSE))  # noqa: S311 - so that two that met do not meet again
+
+    def _give_way(self) -> bool:
+        """Free the bytes that are kept for a full disk, on which room can only be made by a note of who goes."""
+        if self._path is None:
+            return False
+        try:
+            os.unlink(f"{self._path}.spare")  # noqa: PTH108 - a str
+        except OSError:
+            return False
+        return True
+
+    def _keep_spare(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"{path}.spare", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
+            try:
+                if os.fstat(descriptor).st_size < _SPARE:
+                    os.pwrite(descriptor, bytes(_SPARE), 0)
+            finally:
+                os.close(descriptor)
 
     def _transact(self, begin: str, decide: Callable[[Book], R]) -> R:
         connection = self._connect()
@@ -145,6 +165,7 @@ class Ledger:
             except BaseException:
                 connection.close()
                 raise
+            self._keep_spare(path)
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:

@@ -110,7 +110,7 @@ class RangePins:
         # guards the descriptors and counts; calls that never wait (fcntl, open, fstat) are all that happens under it.
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
-        self._readers = self._claims = -1
+        self._readers = -1
 
     def probe(self) -> None:
         """Make sure that locks exclude one another.
@@ -200,28 +200,24 @@ class RangePins:
     @contextlib.contextmanager
     def claim(self, folder: Path) -> Iterator[bool]:
         """Return a context in which nobody can pin a folder; it gives False where somebody has it pinned."""
-        place = _place(folder.name)
-        with self._lock:
-            self._claims = self._fresh(self._claims)
+        descriptor = self._open()
+        try:
             try:
-                _set(self._claims, fcntl.F_WRLCK, place)
+                _set(descriptor, fcntl.F_WRLCK, _place(folder.name))
                 claimed = True
             except OSError as error:
                 if error.errno not in _BUSY:
                     raise
                 claimed = False
-        try:
             yield claimed
         finally:
-            if claimed:
-                with self._lock, contextlib.suppress(OSError):
-                    _set(self._claims, fcntl.F_UNLCK, place)
+            os.close(descriptor)
 
     def reset_after_fork(self, kept: Iterable[Pin]) -> None:
         """In a child: what the parent has locked is locked by the open file that both share, until both close it."""
         keep = any(True for _ in kept)
         stays = [self._readers, *self._inherited] if keep else []
-        for descriptor in {self._readers, self._claims, *self._inherited} - {-1, *stays}:
+        for descriptor in {self._readers, *self._inherited} - {-1, *stays}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self._inherited = [descriptor for descriptor in stays if descriptor >= 0]
@@ -239,10 +235,9 @@ class RangePins:
     def close(self) -> None:
         """Close what carries no pin."""
         with self._lock:
-            idle = [self._claims] if self._counts else [self._claims, self._readers, *self._inherited]
-            self._claims = -1
-            if not self._counts:
-                self._readers, self._inherited = -1, []
+            if self._counts:
+                return
+            idle, self._readers, self._inherited = [self._readers, *self._inherited], -1, []
         for descriptor in idle:
             if descriptor >= 0:
                 with contextlib.suppress(OSError):

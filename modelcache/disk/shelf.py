@@ -88,6 +88,7 @@ class Shelf:
         self._guard = guard
         self._agreed = agreed
         self._room = room
+        self._closed = False
         self.index = index
         if store.writable:
             agreed.change(agreed.learn)
@@ -107,6 +108,12 @@ class Shelf:
     def free(self) -> int:
         """Return the bytes that the file system has left."""
         return self._store.free()
+
+    def look(self) -> None:
+        """Learn what other processes have changed, where that can be done now; never raises."""
+        if not self.busy and not self._closed:
+            with contextlib.suppress(OSError):
+                self._agreed.look_at_others()
 
     def open(self, model: str) -> Held | None:
         """Return the model's artifact, pinned; None where it must be fetched.
@@ -322,15 +329,9 @@ class Shelf:
         with self._guard:
             self.index.stagings.discard(staging)
         if staging.listed:
-            self._agreed.change(lambda book: self._dropped(book, staging, debris))
+            self._agreed.drop(staging, debris)
         with self._guard:
             self._guard.notify()
-
-    def _dropped(self, book: Book, staging: Staging, debris: Path | None) -> None:
-        book.let_go([staging.id])
-        if debris is not None:
-            self._agreed.leave(book, debris, staging.reserved)
-        self._agreed.count(book)
 
     def publish(self, staging: Staging, record: Record) -> Held:
         """Make a staged artifact visible, durably, and return it pinned.
@@ -429,4 +430,5 @@ class Shelf:
         """Remove this process's temporary folder; the artifacts stay for the next start."""
         with contextlib.suppress(OSError, ModelCacheError):  # or the next start knows less of who was used last
             self._agreed.tell()
+        self._closed = True
         self._store.close()

@@ -42,7 +42,7 @@ class Agreement:
         self._guard = guard
         self._uses: dict[str, tuple[float, int]] = {}
         self._stale: set[str] = set()  # reservations that could not be given back yet
-        self._registered = ("", "")
+        self._registered = self._registering = ("", "")  # epoch and owner under which the ledger knows this process
 
     @property
     def busy(self) -> bool:
@@ -55,6 +55,7 @@ class Agreement:
         stale = set(self._stale)
         result = self._store.ledger.change(lambda book: self._decide(book, stale, decide), check)
         self._stale -= stale
+        self._registered = self._registering
         return result
 
     def _decide(self, book: Book, stale: set[str], decide: Callable[[Book], R]) -> R:
@@ -113,7 +114,7 @@ class Agreement:
                 stagings = [staging for staging in self._index.stagings if staging.listed]
             for staging in stagings:
                 self.hold(book, staging, staging.reserved)
-            self._registered = (epoch, owner)
+            self._registering = (epoch, owner)
         with self._guard:
             uses, self._uses = self._uses, {}
         if uses:

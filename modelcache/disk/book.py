@@ -199,9 +199,10 @@ class Book:
         """Set bytes aside no longer."""
         self._many("DELETE FROM holds WHERE id = ?", [(each,) for each in ids])
 
-    def owners(self) -> dict[str, str]:
-        """Return the processes that have said that they use the folder, and their settings."""
-        return dict(self._sql("SELECT owner, settings FROM processes").fetchall())
+    def owners(self) -> set[str]:
+        """Return all processes that have said that they use the folder, or for whom something is set aside."""
+        query = "SELECT owner FROM processes UNION SELECT owner FROM holds UNION SELECT owner FROM artifacts"
+        return {owner for (owner,) in self._sql(f"{query} WHERE owner IS NOT NULL")}
 
     def register(self, owner: str, settings: str) -> None:
         """Note a process."""

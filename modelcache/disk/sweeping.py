@@ -59,7 +59,7 @@ def sweep(store: Store) -> None:
     """
     if not store.writable:
         return
-    owners = set(store.ledger.look(Book.owners))  # before the look at their folders, which come first
+    owners = store.ledger.look(Book.owners)  # before the look at their folders, which come first
     swept = store.sweep()
     dead = owners.intersection(swept) | (owners - store.workers())
     for owner in dead:

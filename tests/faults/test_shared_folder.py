@@ -200,7 +200,7 @@ def test_f038_rows_and_folders_are_reconciled(tmp_path: Path) -> None:
 OPENS = """
 folder, number, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 (folder / f"ready{number}").touch()
-eventually(lambda: len(list(folder.glob("ready*"))) == count, 20, 0.001)
+eventually(lambda: len(list(folder.glob("ready*"))) == count, timeout=20)
 with small_cache(folder, DictSource().add("a", f"m{number}"), retry_after=0) as cache:
     assert cache.get(f"m{number}").name == f"m{number}"
     assert cache.get("a").name == "a"

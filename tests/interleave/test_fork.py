@@ -191,7 +191,7 @@ def test_child_that_never_uses_the_cache_disturbs_nothing(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("moment", ["read", "load"])
 def test_fork_in_the_middle_of_a_flight(tmp_path: Path, moment: str) -> None:
-    """A child forked during a load of another thread loads anew; during a fetch it waits for that; no file is touched."""
+    """A child forked during a load elsewhere loads anew; during a fetch it waits for that; no file is touched."""
     fork_script(
         tmp_path,
         f"""

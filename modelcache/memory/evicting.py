@@ -20,7 +20,7 @@ from modelcache.telling import Teller
 T = TypeVar("T")
 
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
-_GRAIN = 128  # less than this share of ``high`` drowns in what requests take
+_GRAIN = 64  # less than this share of ``high`` tells nothing: small models leave holes in a heap that stays
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 

@@ -152,7 +152,7 @@ def test_f013_part_of_each_load_is_leaked(tmp_path: Path) -> None:
 
 
 def test_f013_nothing_comes_back(tmp_path: Path) -> None:
-    """F013: where the memory of no load ever comes back that is told once; not all models go, and the rest are served."""
+    """F013: where the memory of no load ever comes back that is told once; the other models are served on."""
     run_real(
         """
         kept = []

@@ -20,7 +20,7 @@ from modelcache.telling import Teller
 T = TypeVar("T")
 
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
-_GRAIN = 128  # less than this share of ``high`` drowns in what requests take
+_GRAIN = 64  # less than this share of ``high`` tells nothing: small models leave holes in a heap that stays
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 
@@ -118,12 +118,11 @@ class Evictor(Generic[T]):
     def _grain(self, limits: Limits, batch: list[Entry[T]]) -> int:
         """Return the bytes that must leave to tell whether that helps; the guard is held.
 
-        It is half of what a model of the usual size takes, the middle one, so that any of about that size will do:
-        small ones lie among others on the heap, which stays, and a single large one in the mean would let all small
-        ones go before anything is told.
+        It is what a model of the usual size takes, the middle one: small ones lie among others on the heap, which
+        stays, and a single large one in the mean would let all small ones go before anything is told.
         """
         sizes = sorted(entry.bytes for entry in [*batch, *self._residents.entries()])
-        return max(limits.high // _GRAIN, sizes[len(sizes) // 2] // 2)
+        return max(limits.high // _GRAIN, sizes[len(sizes) // 2])
 
     def _search(self, missing: int, used: int, *, last: bool) -> tuple[bool, Limits]:
         """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then."""

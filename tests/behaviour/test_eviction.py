@@ -310,7 +310,7 @@ def test_pressure_once_an_episode(make_cache: MakeCache) -> None:
         assert cache.stats().pressed
         left = len(book.alive)
         eventually(passed(3))
-        assert len(book.alive) >= left - 1
+        assert len(book.alive) >= left - 3  # one more round, once evicting has rested
         event = told[-1]
         assert (event.reason, event.used, event.freed, event.high) == (Reason.FUTILE, 900, 0, 800)
         assert event.promised >= 30

@@ -5,7 +5,7 @@ moment they are reserved until their files are gone.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from modelcache.disk.layout import ARTIFACT
 from modelcache.disk.store import Published
 from modelcache.errors import NoRoom
 from modelcache.events import Reason
-from modelcache.policies import Policy, Resident
+from modelcache.policies import Allowed, Policy, Remembering, Resident, Standing
 
 RECHECK = 1.0
 """Seconds after which a wait for room, or an artifact that another process reads, is looked at again."""
@@ -159,6 +159,7 @@ class Index:
         self.items: dict[str, Item] = {}  # by folder name
         self.models: dict[str, Item] = {}  # this source's, the latest generation of each
         self.stagings: set[Staging] = set()
+        self._strays: set[Item] = set()  # no model's present artifact: they go first
         self.debris: dict[Path, int] = {}  # staged folders that could not be deleted yet, with their bytes
         self._clock = 0
 
@@ -175,9 +176,12 @@ class Index:
         present = self.models.get(record.model)
         if record.source == self._source and (present is None or present.published.record.fetched <= record.fetched):
             self.models[record.model] = item
-            if present is not None and present.pins:
-                present.doomed = True
+            if present is not None:
+                self._strays.add(present)
+                present.doomed = present.doomed or present.pins > 0
             self._policy.admitted(Resident(record.model, published.bytes, record.fetch_seconds))
+        else:
+            self._strays.add(item)
         return item
 
     def take_in(self, found: Iterable[Published]) -> None:
@@ -188,12 +192,16 @@ class Index:
             for published in sorted(found, key=lambda published: published.record.fetched)
             if published.folder.name not in known
         ]
-        for item in sorted(fresh, key=lambda item: item.used):
-            self._policy.requested(item.model, self._clock)
+        ours = [item for item in fresh if self.models.get(item.model) is item]
+        if isinstance(self._policy, Remembering):
+            for place, item in enumerate(sorted(ours, key=lambda item: item.used), 1):
+                idle = len(ours) - place  # so many others were asked for since, at least
+                self._policy.recall(item.model, Standing(1, idle, idle))
 
     def forget(self, item: Item) -> None:
         """Drop an item whose files are gone."""
         self.items.pop(item.published.folder.name, None)
+        self._strays.discard(item)
         if self.models.get(item.model) is item:
             del self.models[item.model]
             self._policy.removed(item.model)
@@ -232,28 +240,27 @@ class Index:
 
     def choose(self, missing: int) -> list[Item]:
         """Mark just enough to go: what is no model's present artifact first, then by the policy."""
-        now = time.monotonic()
-        idle = [
-            item
-            for item in self.items.values()
-            if not item.pins and not item.leaving and max(item.read_elsewhere, item.stuck) < now
-        ]
-        current = {item.model: item for item in idle if self.models.get(item.model) is item}
-        strangers = sorted((item for item in idle if current.get(item.model) is not item), key=lambda item: item.used)
         chosen: list[Item] = []
-        for item in strangers:
-            if missing > 0:
-                missing -= item.bytes
+        if missing > 0:
+            for item in self._going(missing):
                 chosen.append(item)
-        if missing > 0 and current:
-            for model in list(self._policy.victims(missing, current.keys())):
+                missing -= item.bytes
                 if missing <= 0:
                     break
-                missing -= current[model].bytes
-                chosen.append(current[model])
         for item in chosen:
             item.leaving = True
         return chosen
+
+    def _going(self, missing: int) -> Iterator[Item]:
+        """Give all that may go, one by one; nothing may change meanwhile."""
+        now = time.monotonic()
+
+        def may(item: Item) -> bool:
+            return not item.pins and not item.leaving and max(item.read_elsewhere, item.stuck) < now
+
+        yield from sorted(filter(may, self._strays), key=lambda item: item.used)
+        for model in self._policy.victims(missing, Allowed(self.models, may)):
+            yield self.models[model]
 
     def read_elsewhere(self) -> bool:
         """Whether another process reads something that could go otherwise."""

@@ -102,10 +102,11 @@ class Shelf:
                     self.index.forget(item)
             self.index.take_in(found)
 
-    def open(self, model: str) -> Held | None:
-        """Return the model's artifact, pinned; None where it must be fetched."""
+    def open(self, model: str, *, missed: bool = False) -> Held | None:
+        """Return the model's artifact, pinned; None where it must be fetched. ``missed``: a lookup waits for it."""
         with self._guard:
-            self.index.requested(model)
+            if missed:
+                self.index.requested(model)
             known = model in self.index.models
         if not known:
             self._refresh(folder_prefix(self._source, model))

@@ -227,6 +227,20 @@ def test_hits_in_memory_are_no_use_of_an_artifact(make_cache: MakeCache) -> None
     assert evictions(cache) == [("a", "disk")]
 
 
+def test_prefetch_and_refresh_are_no_use_of_an_artifact(make_cache: MakeCache) -> None:
+    """Bringing a model into memory before anybody asks, and asking for a new version, does not keep its artifact."""
+    cache = make_cache()
+    bring(cache, "a")
+    room_for(cache, 3)
+    bring(cache, "b", "c")
+    assert cache.prefetch(["a"]).wait(WAIT)
+    for _ in range(3):
+        assert not cache.refresh("a")
+    cache.unload("a")
+    bring(cache, "d")
+    assert evictions(cache) == [("a", "disk")]
+
+
 def test_model_in_memory_keeps_its_files(make_cache: MakeCache) -> None:
     """The coldest artifact stays while its model is in memory; the next one goes."""
     cache = make_cache()

@@ -1,6 +1,7 @@
 """The disk tier through a cache: its budget, its order, its folder, and what it finds again after a restart."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from modelcache import (
     SourceUnavailable,
     TooLarge,
 )
+from modelcache.policies import Standing, Worth
 from tests.support.fakes import Book, DictSource, MakeCache, allocated, tar
 from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
@@ -298,6 +300,49 @@ def test_failed_fetch_evicts_for_nothing_more_than_it_reserved(make_cache: MakeC
     with pytest.raises(LookupError):
         cache.get("nope")
     assert on_disk(cache) == ["a"]
+
+
+# Worth
+
+
+def remember_fetches(cache: ModelCache[Any], **seconds: float) -> None:
+    """Write into the records how long the fetch of each model took."""
+    for path in (cache.disk.path / "models").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"fetch_seconds": seconds[record["model"]]}))
+
+
+def test_worth_is_the_default() -> None:
+    """Without a word about it, the disk tier weighs fetch seconds."""
+    assert isinstance(DiskTier().policy, Worth)
+
+
+def test_worth_keeps_what_takes_long_to_fetch(make_cache: MakeCache, source: DictSource) -> None:
+    """Of artifacts of one size, the one that is fetched fastest goes first; an unknown fetch counts as the usual."""
+    with make_cache(source) as first:
+        bring(first, *"abcd")
+        remember_fetches(first, a=1_000.0, b=1.0, c=0.0, d=50_000.0)
+    cache = make_cache(source, disk={"policy": "worth"})
+    cache.disk.budget = 1
+    assert [model for model, _ in evictions(cache)] == ["b", "a", "c", "d"]
+
+
+def test_worth_finds_its_order_again(make_cache: MakeCache, source: DictSource) -> None:
+    """What a start finds on disk stands in the order of its last use, as if asked for once; finding is no request."""
+    with make_cache(source) as first:
+        bring(first, *"abcd")
+        for model in "ba":
+            first.get(model)
+        remember_fetches(first, a=1.0, b=1.0, c=1.0, d=1.0)
+    cache = make_cache(source, disk={"policy": "worth"})
+    assert isinstance(cache.disk.policy, Worth)
+    standings = [cache.disk.policy.standing(model) for model in "abdc"]
+    assert standings == [Standing(1, idle, idle) for idle in range(4)]
+    cache.get("c")
+    assert cache.disk.policy.standing("c") == Standing(2, 4, 0)
+    cache.unload("c")
+    cache.disk.budget = 1
+    assert [model for model, _ in evictions(cache)] == ["d", "b", "a", "c"]
 
 
 # Restart

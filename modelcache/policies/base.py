@@ -31,7 +31,7 @@ class Standing:
     """What is known of the requests for one model, relative to a policy's clock, so that it can outlive a restart.
 
     Whoever keeps it for longer than a moment keeps ``clock - age`` and ``clock - idle``, the requests at which the
-    model was first and last asked for, and a clock that goes on over restarts.
+    model was first and last asked for, and a clock that goes on over restarts; :meth:`at` makes a standing of them.
 
     Attributes:
         n: requests, halved now and then together with the age.
@@ -49,6 +49,15 @@ class Standing:
     def __attrs_post_init__(self) -> None:
         if not (0 < self.n < math.inf and 0 <= self.age < math.inf and 0 <= self.idle < math.inf):
             raise ValueError(f"{self} is impossible")
+
+    @classmethod
+    def at(cls, clock: float, n: float, first: float, last: float) -> "Standing":
+        """Return the standing at ``clock`` of a model first and last asked for then; what lies ahead is taken as now.
+
+        Raises:
+            ValueError: as the class.
+        """
+        return cls(n, max(clock - first, 0), max(clock - last, 0))
 
 
 @runtime_checkable
@@ -95,16 +104,24 @@ class Policy(Protocol):
 class Remembering(Protocol):
     """What our policies have beside the four methods, for a tier that keeps standings over restarts.
 
+    A tier that shares what it keeps with other processes recalls a model before it books a request for it, and keeps
+    its standing after that: so the requests of all of them add up.
+
     Concurrency: as :class:`Policy` says.
     """
 
     def standing(self, model: str) -> Standing | None:
         """Return what is known of a model, here or gone; None where that is nothing, or nothing worth keeping."""
 
-    def recall(self, model: str, standing: Standing) -> None:
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:
         """Take in what is known of a model from before a restart, or from another process; no request.
 
         Of several models the one that was asked for longest ago comes first. Recalling twice is recalling once.
+
+        Args:
+            model: its id.
+            standing: what is known.
+            clock: when that is so; 0: at the latest clock that it was told.
         """
 
 

@@ -43,7 +43,7 @@ class Guarded:
 
     def requested(self, model: str, clock: int) -> None:
         """Tell the policy."""
-        self._clock = clock
+        self._clock = max(self._clock, clock)
         self._order.requested(model, clock)
         self._tell("requested", model, clock)
 
@@ -68,8 +68,9 @@ class Guarded:
         """Return None: what a user's policy knows is its own."""
         return self._order.standing(model)
 
-    def recall(self, model: str, standing: Standing) -> None:
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:
         """Tell the policy of one request, so that a new one finds who was used last."""
+        self._clock = max(self._clock, clock)
         self._order.recall(model, standing)
         self._tell("requested", model, self._clock)
 

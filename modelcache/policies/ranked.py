@@ -49,7 +49,7 @@ class Ranked:
         """Return None: an order is found again by the times of use that a tier keeps."""
         return None
 
-    def recall(self, model: str, standing: Standing) -> None:
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:
         """Ignore: models come in as they came before."""
 
 
@@ -61,7 +61,7 @@ class LeastRecent(Ranked):
         if model in self._order:
             self._order.move_to_end(model)
 
-    def recall(self, model: str, standing: Standing) -> None:  # noqa: ARG002 - the protocol's
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:  # noqa: ARG002 - the protocol's
         """Place a model of the tier after those that were recalled before it."""
         if model in self._order:
             self._order.move_to_end(model)
@@ -110,7 +110,7 @@ class LeastFrequent(Ranked):
         among = searchable(evictable)
         return (model for count in sorted(self._ranks) for model in self._ranks[count] if model in among)
 
-    def recall(self, model: str, standing: Standing) -> None:
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:  # noqa: ARG002 - the protocol's
         """Give a model of the tier its count back, the larger one where there are two."""
         if model in self._counts:
             self._place(model, max(self._counts[model], round(standing.n)))

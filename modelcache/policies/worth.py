@@ -131,12 +131,13 @@ class Worth:
             return None
         return Standing(history.n, self._clock - history.since, self._clock - history.last)
 
-    def recall(self, model: str, standing: Standing) -> None:
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:
         """Take in what :meth:`standing` gave before a restart, whether the model is here or not.
 
         Where something is known already, the larger count, the earlier beginning and the later last request
         hold, so that recalling twice is recalling once; counts are not added up.
         """
+        self._clock = max(self._clock, clock)
         since, last = self._clock - max(standing.age, standing.idle), self._clock - standing.idle
         n = min(standing.n, HALVED_ABOVE)
         history = self._residents.get(model) or self._gone.get(model) or self._strangers.pop(model, None)

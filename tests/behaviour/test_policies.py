@@ -389,6 +389,33 @@ def test_recall_adds_to_what_is_known() -> None:
     assert policy.standing("odd") == Standing(32, 5, 5)
 
 
+def test_standing_on_a_clock() -> None:
+    """Kept as the requests at which a model was first and last asked for, a standing ages with the clock."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0), requests="abb")
+    kept = policy.standing("a")
+    assert kept is not None
+    first, last = 5 - kept.age, 5 - kept.idle
+    assert Standing.at(5, kept.n, first, last) == kept == Standing(2, 4, 2)
+    assert Standing.at(8, kept.n, first, last) == Standing(2, 7, 5)
+    assert Standing.at(0, kept.n, first, last) == Standing(2, 0, 0)  # a clock that went back
+    with pytest.raises(ValueError, match="impossible"):
+        Standing.at(5, kept.n, math.nan, last)
+
+
+def test_processes_that_share_a_ledger_add_up() -> None:
+    """Where each recalls what is kept before it books a request, and keeps what it knows then, counts add up."""
+    policies, kept, clock = [Worth(), Worth()], (0.0, 0.0, 0.0), 0
+    for turn in [0, 0, 1, 0, 1, 1, 1]:
+        policy, clock = policies[turn], clock + 1
+        if kept[0]:
+            policy.recall("a", Standing.at(clock, *kept), clock)
+        policy.requested("a", clock)
+        standing = policy.standing("a")
+        assert standing is not None
+        kept = (standing.n, clock - standing.age, clock - standing.idle)
+    assert kept == (7, 1, 7)
+
+
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (1, -1, 1), (1, 1, -1), (1, math.inf, 1), (math.nan, 1, 1)], ids=str)
 def test_impossible_standings(numbers: tuple[float, float, float]) -> None:
     """Numbers that no history can have are refused."""

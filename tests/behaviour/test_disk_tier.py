@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,37 @@ def test_failed_fetch_evicts_for_nothing_more_than_it_reserved(make_cache: MakeC
     with pytest.raises(LookupError):
         cache.get("nope")
     assert on_disk(cache) == ["a"]
+
+
+class Lazy:
+    """A user's policy: by id, one after the other, counting how many were taken."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def requested(self, model: str, clock: int) -> None:
+        """Ignore."""
+
+    admitted = removed = lambda *_: None
+
+    def victims(self, need: int, evictable: Collection[str]) -> Iterator[str]:
+        """Give the first of those that may go, when asked."""
+        for model in "abcdefgh":
+            if model in evictable:
+                self.given.append(model)
+                yield model
+
+
+def test_policy_is_asked_for_no_more_than_goes(make_cache: MakeCache) -> None:
+    """Victims are taken one by one, until they suffice; what is in use is never offered."""
+    policy = Lazy()
+    cache = make_cache(disk={"policy": policy})
+    bring(cache, "a")
+    room_for(cache, 4)
+    with cache.lease("b"):
+        bring(cache, "c", "d", "e", "f")
+        assert policy.given == ["a", "c"]
+    assert [model for model, _ in evictions(cache)] == ["a", "c"]
 
 
 # Worth

@@ -15,7 +15,7 @@ from modelcache.disk.layout import ARTIFACT
 from modelcache.disk.store import Published
 from modelcache.errors import NoRoom
 from modelcache.events import Reason
-from modelcache.policies import Allowed, Policy, Remembering, Resident, Standing
+from modelcache.policies import Allowed, Policy, Resident, recall_order
 
 RECHECK = 1.0
 """Seconds after which a wait for room, or an artifact that another process reads, is looked at again."""
@@ -193,10 +193,7 @@ class Index:
             if published.folder.name not in known
         ]
         ours = [item for item in fresh if self.models.get(item.model) is item]
-        if isinstance(self._policy, Remembering):
-            for place, item in enumerate(sorted(ours, key=lambda item: item.used), 1):
-                idle = len(ours) - place  # so many others were asked for since, at least
-                self._policy.recall(item.model, Standing(1, idle, idle))
+        recall_order(self._policy, [item.model for item in sorted(ours, key=lambda item: item.used)])
 
     def forget(self, item: Item) -> None:
         """Drop an item whose files are gone."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeGuard
 
 from modelcache.errors import ConfigError
-from modelcache.policies.base import Policy, Remembering, Resident, Standing
+from modelcache.policies.base import Policy, Remembering, Resident, Standing, recall_order
 from modelcache.policies.guarded import STRAY_LIMIT, Guarded
 from modelcache.policies.ranked import RANKED, Ranked
 from modelcache.policies.views import Allowed
@@ -25,6 +25,7 @@ __all__ = [
     "Standing",
     "Worth",
     "make_policy",
+    "recall_order",
 ]
 
 _BUILT_IN: dict[str, Callable[[], Ranked | Worth]] = {**RANKED, "worth": Worth}

@@ -4,7 +4,7 @@ The orders themselves are beside it: ``ranked`` (LRU, LFU, FIFO), ``worth``, and
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol, runtime_checkable
 
@@ -123,6 +123,16 @@ class Remembering(Protocol):
             standing: what is known.
             clock: when that is so; 0: at the latest clock that it was told.
         """
+
+
+def recall_order(policy: Policy, models: Sequence[str]) -> None:
+    """Tell a policy in which order models that a tier has found were used last, the longest ago first; no requests.
+
+    Each stands as if asked for once, and idle for as many requests as there were others after it: at least.
+    """
+    if isinstance(policy, Remembering):
+        for idle, model in zip(range(len(models) - 1, -1, -1), models, strict=True):
+            policy.recall(model, Standing(1, idle, idle))
 
 
 def searchable(evictable: Collection[str]) -> AbstractSet[str]:

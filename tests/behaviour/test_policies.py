@@ -10,7 +10,18 @@ from unittest import mock
 import pytest
 
 from modelcache.errors import ConfigError
-from modelcache.policies import Allowed, Guarded, Policy, Ranked, Remembering, Resident, Standing, Worth, make_policy
+from modelcache.policies import (
+    Allowed,
+    Guarded,
+    Policy,
+    Ranked,
+    Remembering,
+    Resident,
+    Standing,
+    Worth,
+    make_policy,
+    recall_order,
+)
 from modelcache.policies.worth import FULL_SCAN, SAMPLE, SPARE, STRANGERS
 from tests.contracts.policy_contract import MODELS, PolicyContract, admit, order
 
@@ -216,6 +227,18 @@ def test_recall_finds_the_order_again(name: str | Policy, expected: str) -> None
             policy.recall(model, Standing(n, 9, 9 - idle))
     assert "".join(order(policy, MODELS)) == expected
     assert policy.standing("a") is None  # nothing beside the order
+
+
+@pytest.mark.parametrize("name", ["lru", "worth"])
+def test_order_of_last_use(name: str) -> None:
+    """Models that a tier has found go in the order of their last use, before who was asked for since."""
+    policy = make_policy(name, "policy")
+    for model in MODELS:
+        policy.admitted(Resident(model, 1, 1.0))
+    recall_order(policy, "ecabd")
+    assert order(policy, MODELS) == list("ecabd")
+    policy.requested("e", 1)
+    assert order(policy, MODELS) == list("cabde")
 
 
 def test_recall_is_a_request_to_a_users_policy() -> None:

@@ -11,7 +11,7 @@ Two tables a trace: in the first an artifact may leave the disk before its model
 program whose figures are to be reached; in the second models in memory keep their artifacts, as in the library. The
 exit status is 1 where ``worth over worth`` waits longer than it should.
 
-About three minutes of processor time for the three traces that are here, most of it for ``web12``.
+About five minutes of processor time for the three traces that are here, most of it for ``web12``.
 """
 
 import argparse

@@ -63,7 +63,7 @@ class Worth:
     random before each victim. So a caller should take no more victims than it needs.
 
     Cost: all methods O(1), but :meth:`victims`: up to 10,000 models about a third of a millisecond for each thousand,
-    above that a quarter of a millisecond for each victim, however many there are.
+    above that a quarter to half a millisecond for each victim, however many there are.
 
     Concurrency: as :class:`~modelcache.policies.Policy` says. :meth:`recall` and :meth:`standing` belong under
     the same lock.

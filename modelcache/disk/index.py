@@ -5,7 +5,7 @@ moment they are reserved until their files are gone.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -31,8 +31,26 @@ class Wish(Protocol):
         """The id of the model that needs the room."""
         ...
 
+    @property
+    def urgent(self) -> bool:
+        """Whether a request waits for it: then it goes before what nobody waits for; the guard is held."""
+        ...
+
+    @property
+    def nested(self) -> bool:
+        """Whether a loader under way waits for it: then it does not wait behind others; the guard is held."""
+        ...
+
+    def spared(self) -> set[str]:
+        """Return the models whose files are not removed for it; the guard is held."""
+        ...
+
+    def relieved(self) -> bool:
+        """Whether somebody is about to let go of files for it; the guard is held."""
+        ...
+
     def check(self) -> None:
-        """Raise Cancelled where it was told to stop, or nobody waits for it any more; the guard is held."""
+        """Raise where it was told to stop, nobody waits for it any more, or it gives way; the guard is held."""
         ...
 
     def refused(self, refusal: NoRoom | None) -> None:
@@ -88,6 +106,7 @@ class Staging:
         charged: bytes of these that were written or are about to be.
         waiting: it can't go on before others give room.
         beside: bytes of the version on disk that stays until this one is published.
+        lacking: it has asked for room that is not there yet.
     """
 
     wish: Wish
@@ -96,6 +115,7 @@ class Staging:
     charged: int = 0
     waiting: bool = False
     beside: int = 0
+    lacking: bool = False
 
     @property
     def target(self) -> Path:
@@ -230,13 +250,18 @@ class Index:
             return DiskShortage(limits.min_free - left - going, Reason.MIN_FREE, figures)
         return DiskShortage(0, Reason.DISK_BUDGET, {})
 
-    def choose(self, missing: int) -> list[Item]:
-        """Mark just enough to go: what is no model's present artifact first, then by the policy."""
+    def pressed(self) -> bool:
+        """Whether a request lacks room."""
+        return any(staging.lacking and staging.wish.urgent for staging in self.stagings)
+
+    def choose(self, missing: int, spared: Collection[str] = ()) -> list[Item]:
+        """Mark just enough to go, no ``spared`` model: what is no model's present artifact first, then by the policy."""
         now = time.monotonic()
         idle = [
             item
             for item in self.items.values()
             if not item.pins and not item.leaving and max(item.read_elsewhere, item.stuck) < now
+            if item.model not in spared or self.models.get(item.model) is not item
         ]
         current = {item.model: item for item in idle if self.models.get(item.model) is item}
         strangers = sorted((item for item in idle if current.get(item.model) is not item), key=lambda item: item.used)

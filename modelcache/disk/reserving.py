@@ -4,10 +4,10 @@ It acts, outside the guard, on what ``disk.index`` decides under it; files are r
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
-from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging
+from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging, Wish
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import NoRoom, TooLarge
 from modelcache.events import Event, Evicted, Reason
@@ -95,14 +95,20 @@ class DiskRoom:
                 raise _too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
             with self._guard:
                 shortage = self._index.shortage(amount, limits)
-                if shortage.fits:
+                behind = self._behind(staging)
+                if shortage.fits and not behind:
                     staging.reserved += amount
+                    staging.lacking = False
                     staging.wish.refused(None)
                     return
-                victims = self._index.choose(shortage.missing) if swept else []
+                if not staging.lacking:
+                    staging.lacking = True
+                    self._guard.notify()  # who gives way to it learns of it
+                able = swept and not behind
+                victims = self._index.choose(shortage.missing, staging.wish.spared()) if able else []
                 told = [self._evicted(item, shortage, staging.wish.model) for item in victims]
                 pinned = self._others(staging)
-                patient = shortage.missing <= 0
+                patient = behind or shortage.missing <= 0
             if not swept:  # what dead processes left goes before anything that can be served
                 self._store.sweep()
                 swept = True
@@ -114,7 +120,12 @@ class DiskRoom:
 
     def _others(self, staging: Staging) -> list[str]:
         """Return the models that could give up their files: not this one, whose old version stays until then."""
-        return [model for model in self._index.pinned() if model != staging.wish.model]
+        spared = {staging.wish.model, *staging.wish.spared()}
+        return [model for model in self._index.pinned() if model not in spared]
+
+    def _behind(self, staging: Staging) -> bool:
+        """Whether a request lacks room, and this is for none; the guard is held."""
+        return self._index.pressed() and not staging.wish.urgent and not staging.wish.nested
 
     def _wait(self, staging: Staging, amount: int, shortage: DiskShortage) -> None:
         """Wait for something to change.
@@ -129,16 +140,24 @@ class DiskRoom:
             others = self._index.stagings - {staging}
             moving = self._index.leaving() > 0 or any(not other.waiting for other in others)
             sharing = any(other.reserved for other in others)
+            behind = self._behind(staging)
             state, wish.state = wish.state, "waiting for room"
             try:
                 wish.check()
+                if behind and staging.reserved:
+                    raise Contention(staging.reserved + amount)
+                if behind:
+                    staging.waiting = True
+                    self._guard.wait(RECHECK)
+                if behind or shortage.fits:
+                    return
                 if shortage.missing > 0 and self._upstairs.idle(self._others(staging)):
                     return  # it became idle since it was asked for
                 refusal = self._no_room(staging, amount, shortage)
                 wish.refused(refusal)
-                if staging.reserved and sharing and not moving:
+                if staging.reserved and self._rivals(others, wish) and not moving:
                     raise Contention(staging.reserved + amount)
-                stays = moving or sharing or self._index.read_elsewhere()
+                stays = moving or sharing or self._index.read_elsewhere() or wish.relieved()
                 if not stays and wish.hopeless():
                     raise refusal
                 staging.waiting = True
@@ -146,6 +165,12 @@ class DiskRoom:
             finally:
                 staging.waiting = False
                 wish.state = state
+
+    @staticmethod
+    def _rivals(others: Iterable[Staging], wish: Wish) -> bool:
+        """Whether others hold a share and would not give it to this one of themselves; the guard is held."""
+        urgent = wish.urgent
+        return any(other.reserved and (other.wish.urgent or not urgent) for other in others)
 
     def _no_room(self, staging: Staging, amount: int, shortage: DiskShortage) -> NoRoom:
         model, figures = staging.wish.model, shortage.figures

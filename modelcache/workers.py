@@ -62,25 +62,25 @@ class Workers:
         with self._lock:
             if self._stopped:
                 raise RuntimeError("the cache's threads were stopped")
+            self._hire(urgent or len(self._later) < self._places())
             (queue.appendleft if first else queue.append)(job)
-            try:
-                self._hire()
-            except RuntimeError:
-                (queue.popleft if first else queue.pop)()
-                raise
             self._changed.notify()
 
     def _runnable(self) -> int:
         """Return how many jobs may begin now."""
-        return len(self._urgent) + min(len(self._later), most_ahead(self._most) - self._ahead)
+        return len(self._urgent) + min(len(self._later), self._places())
+
+    def _places(self) -> int:
+        """Return how many jobs of the later queue may begin now, if there were so many."""
+        return most_ahead(self._most) - self._ahead
 
     def _free(self) -> int:
         """Return how many threads have nothing to do yet."""
         return self._waiting + self._starting
 
-    def _hire(self) -> None:
-        """Start a thread where there is more to do than threads that wait for it; the lock is held."""
-        if self._free() < self._runnable() and len(self._threads) < self._most:
+    def _hire(self, coming: int = 0) -> None:
+        """Start a thread where there is more to do, with what is ``coming``, than threads that wait for it."""
+        if self._free() < self._runnable() + coming and len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name="modelcache-loader", daemon=True)
             thread.start()
             self._threads.add(thread)

@@ -255,7 +255,7 @@ class Index:
         return any(staging.lacking and staging.wish.urgent for staging in self.stagings)
 
     def choose(self, missing: int, spared: Collection[str] = ()) -> list[Item]:
-        """Mark just enough to go, no ``spared`` model: what is no model's present artifact first, then by the policy."""
+        """Mark just enough to go, no ``spared`` one: what is no model's present artifact first, then by the policy."""
         now = time.monotonic()
         idle = [
             item

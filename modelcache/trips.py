@@ -107,7 +107,9 @@ class Trip(Generic[T]):
 
         Raises:
             GivesWay: that is so.
+            Cancelled: it was told to stop, which comes first: it would not be put back into the queue.
         """
+        check_cancelled(self._flight)
         if not self._flight.lent:
             return
         if (self._flights.pressed() or (holds and self._index.pressed())) and not self.urgent:

@@ -56,7 +56,7 @@ def test_bytes_as_they_arrive(make_cache: MakeCache) -> None:
 
 
 def test_what_is_not_found_yet(make_cache: MakeCache) -> None:
-    """Models whose artifact was not found yet are counted apart, and taken for as large as the others in the estimate."""
+    """Models whose artifact was not found yet are counted apart, and estimated to be as large as the others."""
     source = Slow().add_files("a", "b", "c")
     handle = make_cache(source, loaders=1).prefetch(["a", "b", "c"], tier="disk")
     assert (handle.progress.left, handle.progress.rate) == (None, 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modelcache import CacheClosed, Evicted, Fetched, Loaded, ModelCacheError, NoRoom
+from modelcache import CacheClosed, Evicted, Fetched, Loaded, LoadFailed, ModelCacheError, NoRoom
 from tests.support.children import run
 from tests.support.fakes import DictSource
 from tests.support.racing import Call, Counting, Gate, Model, load_model, small_cache, together
@@ -211,7 +211,7 @@ def test_prefetch_lets_go_of_files_for_a_request(tmp_path: Path) -> None:
 
 
 def test_no_thread_leaves_what_a_loader_waits_for(tmp_path: Path) -> None:
-    """A model that the loader of a prefetched one has come to wait for keeps its thread: no other may be left for it."""
+    """A model that the loader of a prefetched one has come to wait for keeps its thread: there may be no other."""
     gate = Gate()
 
     def load(path: Path, name: str) -> Any:
@@ -247,7 +247,7 @@ def test_no_thread_leaves_what_a_loader_waits_for(tmp_path: Path) -> None:
 
 def flights(cache: Any) -> list[Any]:
     """Return what is under way."""
-    return list(cache._parts.flights.active.values())  # noqa: SLF001 - nothing public says that a loader waits
+    return list(cache._parts.flights.active.values())  # nothing public says that a loader waits
 
 
 def test_part_of_a_prefetched_model_waits_behind_nobody(tmp_path: Path) -> None:
@@ -441,26 +441,28 @@ def test_everything_beside_prefetches(tmp_path: Path, seed: int) -> None:
     def roam(number: int) -> bool:
         choice = random.Random(seed * 100 + number)  # noqa: S311
         for _ in range(25):
-            picked = choice.sample(names, 3)
-            act = choice.randrange(6)
             try:
-                if act == 0:
-                    cache.unload(picked[0])
-                    cache.delete(picked[1])
-                elif act == 1:
-                    cache.refresh(picked[0])
-                elif act == 2:
-                    handle = cache.prefetch(picked, tier=choice.choice(["memory", "disk"]))
-                    handle.wait(0.005)
-                    handle.cancel()
-                    assert set(handle.states.values()) <= {"ready", "failed", "cancelled"}
-                elif act == 3:
-                    assert cache.prefetch(picked, tier=choice.choice(["memory", "disk"])).wait(15)
-                else:
-                    assert cache.get(picked[0]).name == picked[0]
-            except ModelCacheError as error:
-                assert "broken" in str(error) or isinstance(error, NoRoom), error
+                step(choice, *choice.sample(names, 3))
+            except (LoadFailed, NoRoom):  # m9, or all that is in memory is leased by who waits
+                continue
         return True
+
+    def step(choice: random.Random, *picked: str) -> None:
+        act = choice.randrange(6)
+        if act == 0:
+            cache.unload(picked[0])
+            cache.delete(picked[1])
+        elif act == 1:
+            cache.refresh(picked[0])
+        elif act == 2:
+            handle = cache.prefetch(picked, tier=choice.choice(["memory", "disk"]))
+            handle.wait(0.005)
+            handle.cancel()
+            assert set(handle.states.values()) <= {"ready", "failed", "cancelled"}
+        elif act == 3:
+            assert cache.prefetch(picked, tier=choice.choice(["memory", "disk"])).wait(15)
+        else:
+            assert cache.get(picked[0]).name == picked[0]
 
     assert together(*[lambda number=number: roam(number) for number in range(5)], timeout=40) == [True] * 5
     assert cache.close(timeout=10)

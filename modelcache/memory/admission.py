@@ -226,9 +226,9 @@ class Admission(Generic[T]):
         if rows > 1 or (losses > 1 and not ending):
             raise refusal
         applicant.refused(refusal)
-        if losses == 1:  # leases come and go without the guard: look once more before that is final
-            return
         interval = self._tier.interval
+        if losses == 1:  # leases come and go without the guard, others woke up as well: look again before that is final
+            interval = _LOOK if len(self._residents.line) > 1 else 0.0
         if plan.alone or self._solo[0]:
             interval = min(interval, _PATIENCE)
         if ending:

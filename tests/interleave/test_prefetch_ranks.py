@@ -412,6 +412,26 @@ def test_fork_between_landing_and_callbacks(tmp_path: Path) -> None:
     )
 
 
+def step(cache: Any, names: list[str], choice: random.Random) -> None:
+    """Do something to some models."""
+    picked = choice.sample(names, 3)
+    act = choice.randrange(6)
+    if act == 0:
+        cache.unload(picked[0])
+        cache.delete(picked[1])
+    elif act == 1:
+        cache.refresh(picked[0])
+    elif act == 2:
+        handle = cache.prefetch(picked, tier=choice.choice(["memory", "disk"]))
+        handle.wait(0.005)
+        handle.cancel()
+        assert set(handle.states.values()) <= {"ready", "failed", "cancelled"}
+    elif act == 3:
+        assert cache.prefetch(picked, tier=choice.choice(["memory", "disk"])).wait(15)
+    else:
+        assert cache.get(picked[0]).name == picked[0]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_everything_beside_prefetches(tmp_path: Path, seed: int) -> None:
     """Whatever prefetches, requests, cancels, drops and refreshes do at once, all end, and loads have one unload."""
@@ -442,27 +462,10 @@ def test_everything_beside_prefetches(tmp_path: Path, seed: int) -> None:
         choice = random.Random(seed * 100 + number)  # noqa: S311
         for _ in range(25):
             try:
-                step(choice, *choice.sample(names, 3))
+                step(cache, names, choice)
             except (LoadFailed, NoRoom):  # m9, or all that is in memory is leased by who waits
                 continue
         return True
-
-    def step(choice: random.Random, *picked: str) -> None:
-        act = choice.randrange(6)
-        if act == 0:
-            cache.unload(picked[0])
-            cache.delete(picked[1])
-        elif act == 1:
-            cache.refresh(picked[0])
-        elif act == 2:
-            handle = cache.prefetch(picked, tier=choice.choice(["memory", "disk"]))
-            handle.wait(0.005)
-            handle.cancel()
-            assert set(handle.states.values()) <= {"ready", "failed", "cancelled"}
-        elif act == 3:
-            assert cache.prefetch(picked, tier=choice.choice(["memory", "disk"])).wait(15)
-        else:
-            assert cache.get(picked[0]).name == picked[0]
 
     assert together(*[lambda number=number: roam(number) for number in range(5)], timeout=40) == [True] * 5
     assert cache.close(timeout=10)

@@ -116,6 +116,26 @@ def test_request_lifts_what_it_joins(tmp_path: Path) -> None:
         assert order(cache)[1] == "c"
 
 
+def test_request_wakes_what_it_joins(tmp_path: Path) -> None:
+    """A prefetched model that stood in the line behind another, though it has room, goes on once a request joins it."""
+    with (
+        small_cache(
+            tmp_path,
+            DictSource().add("held", "big", "small"),
+            size_of=lambda model, path: {"held": 600, "big": 900, "small": 300}[model],
+            memory={"budget": 1000, "interval": 60.0},
+        ) as cache,
+        cache.lease("held"),
+    ):
+        big = cache.prefetch(["big"])
+        eventually(lambda: big.states["big"] == "waiting for room")
+        small = cache.prefetch(["small"])
+        eventually(lambda: small.states["small"] == "waiting for room")
+        assert Call(cache.get, "small").result().name == "small"
+        assert small.wait(WAIT)
+        big.cancel()
+
+
 def test_rank_falls_as_the_request_leaves(tmp_path: Path) -> None:
     """A prefetched model whose request has given up goes behind a later request again."""
     counting = Counting()

@@ -152,8 +152,12 @@ class Flight(Generic[T]):
 
     def asked_for(self, loaders: set[object]) -> bool:
         """Whether a thread waits for it in a lookup or a refresh that is none of these."""
-        hurried = [watcher.threads() for watcher in self.watchers if watcher.urgent]
-        return any(thread not in loaders for thread in {*self.waiters.values()}.union(*hurried))
+        if self.waiters and not loaders.issuperset(self.waiters.values()):
+            return True
+        for watcher in self.watchers:  # noqa: SIM110 - half the time of any(), and asked of a thousand flights
+            if watcher.urgent and not loaders.issuperset(watcher.threads()):
+                return True
+        return False
 
     def ancestors(self) -> "set[Flight[T]]":
         """Return the flights whose loaders, one inside the other, asked for this one."""

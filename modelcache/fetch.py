@@ -34,15 +34,18 @@ class Destination(Protocol):
 
 
 class _Watched:
-    """A stream that stops between two reads once it is told to."""
+    """A stream that stops between two reads once it is told to, and whose bytes are counted."""
 
-    def __init__(self, stream: Stream, check: Callable[[], None]) -> None:
+    def __init__(self, stream: Stream, check: Callable[[], None], count: Callable[[int], None]) -> None:
         self._stream = stream
         self._check = check
+        self._count = count
 
     def read(self, size: int, /) -> bytes:
         self._check()
-        return self._stream.read(size)
+        data = self._stream.read(size)
+        self._count(len(data))
+        return data
 
 
 def fetch(
@@ -52,6 +55,7 @@ def fetch(
     *,
     grow: Callable[[int], None],
     check: Callable[[], None],
+    count: Callable[[int], None],
     mode: int,
 ) -> Path:
     """Bring one artifact into a staged folder; return what the loader gets, still inside that folder.
@@ -62,6 +66,7 @@ def fetch(
         staging: where it goes; ``artifact/`` in its folder exists and is empty.
         grow: charges bytes about to be written (negative: given back); raises where there is no room.
         check: called between two reads; raises to stop.
+        count: called with the number of stored bytes that have arrived, after each read.
         mode: permissions of folders; files get the same without the execute bits.
 
     Raises:
@@ -72,7 +77,7 @@ def fetch(
         (file,) = artifact.files
         with source.open(artifact, file) as stream:
             return unpack(
-                _Watched(stream, check),
+                _Watched(stream, check, count),
                 staging.target,
                 name=file.name.rpartition("/")[2] or artifact.model,
                 model=artifact.model,
@@ -81,14 +86,17 @@ def fetch(
                 spool=staging.spool,
                 mode=mode,
             )
-    _fetch_folder(source, artifact, Writer(staging.target, Job(artifact.model, artifact.size), grow, mode), check)
+    writer = Writer(staging.target, Job(artifact.model, artifact.size), grow, mode)
+    _fetch_folder(source, artifact, writer, check, count)
     return staging.target
 
 
-def _fetch_folder(source: Source, artifact: Artifact, writer: Writer, check: Callable[[], None]) -> None:
+def _fetch_folder(
+    source: Source, artifact: Artifact, writer: Writer, check: Callable[[], None], count: Callable[[int], None]
+) -> None:
     for file in artifact.files:
         with source.open(artifact, file) as stream, writer.file(file.name) as write:
-            watched = _Watched(stream, check)
+            watched = _Watched(stream, check, count)
             while chunk := watched.read(_CHUNK):
                 write(chunk)
     writer.finish()

@@ -19,11 +19,12 @@ from modelcache.disk.shelf import Held, Shelf
 from modelcache.errors import AccessDenied, ArtifactChanged, LoadFailed, ModelCacheError, NoRoom
 from modelcache.events import Fetched
 from modelcache.fetch import fetch
-from modelcache.flights import Cancelled, Flight, Flights
+from modelcache.flights import Flight, Flights
 from modelcache.guard import Guard
 from modelcache.memory.residents import Residents
 from modelcache.sources.base import Artifact, Source
 from modelcache.telling import Teller, text_of
+from modelcache.trips import Trip, check_cancelled
 
 T = TypeVar("T")
 
@@ -40,61 +41,6 @@ class InPlace:
     version: str
 
 
-class Trip(Generic[T]):
-    """A flight, as those see it who make room for it."""
-
-    def __init__(self, flight: Flight[T], flights: Flights[T], residents: Residents[T]) -> None:
-        self._flight = flight
-        self._flights = flights
-        self._residents = residents
-
-    @property
-    def model(self) -> str:
-        """The id of the model."""
-        return self._flight.model
-
-    @property
-    def state(self) -> str:
-        """What the flight is doing."""
-        return self._flight.state
-
-    @state.setter
-    def state(self, value: str) -> None:
-        self._flight.state = value
-
-    def refused(self, refusal: NoRoom | None) -> None:
-        """Note what stands in the way (None: nothing), for a waiter whose time ends meanwhile."""
-        self._flight.refusal = refusal
-
-    @property
-    def nested(self) -> bool:
-        """Whether a loader under way waits for it."""
-        return self._flight.parent is not None
-
-    def threads(self) -> set[object]:
-        """Return the identities of the threads that wait for it, or for room as it does; the guard is held."""
-        return self._flights.waiting(self._flight)
-
-    def own_threads(self) -> set[object]:
-        """Return the identities of the threads that wait for it, and that run it; the guard is held."""
-        return self._flight.threads()
-
-    def check(self) -> None:
-        """Raise where the flight was told to stop, or nobody waits for it any more; the guard is held.
-
-        Who joins it between this and its end starts another one, rather than get an error that was not his.
-        """
-        check_cancelled(self._flight)
-        if not self._flight.wanted():
-            if self._flight.refresh and self._flight.refusal is not None:  # or nobody would hear why the old one stays
-                raise self._flight.refusal.fresh()
-            raise Cancelled(f"nobody waits for {self._flight.model!a} any more", model=self._flight.model)
-
-    def hopeless(self) -> bool:
-        """Whether everybody who could give room waits for room too; the guard is held."""
-        return self._flights.hopeless(self._flight, self._residents.holding_threads())
-
-
 @attrs.define
 class _Quest:
     """What the tries to fetch one artifact have come to.
@@ -102,13 +48,11 @@ class _Quest:
     Attributes:
         beside: bytes of the version on disk that stays until there is a new one.
         known: name of the folder of the version that is on disk.
-        least: bytes to reserve at once.
         restarts: how often the artifact changed while it was fetched.
     """
 
     beside: int = 0
     known: str = ""
-    least: int = 0
     restarts: int = 0
 
 
@@ -147,11 +91,13 @@ class Fetcher(Generic[T]):
 
     def find(self, flight: Flight[T]) -> Held | InPlace:
         """Return the artifact on this machine, fetched where it was not."""
+        self._trip(flight).stand_back(self.guard)
         flight.state = "fetching"
         with self.guard:
             missed = bool(flight.waiters)  # a prefetch, or a look for a new version, is no use of an artifact
         held = self.shelf.open(flight.model, missed=missed)
         if held is not None and not flight.refresh:
+            self._sized(flight, 0)
             return held
         with self.guard:
             entry = self.residents.resident.get(flight.model)
@@ -168,11 +114,21 @@ class Fetcher(Generic[T]):
         flight.renewed = served is not None and found.version != served
         return found
 
+    def _trip(self, flight: Flight[T]) -> Trip[T]:
+        return Trip(flight, self.flights, self.residents, self.shelf.index)
+
+    def _sized(self, flight: Flight[T], size: int) -> None:
+        """Take note of how many bytes are to be transferred."""
+        with self.guard:
+            flight.transfer.found(size)
+
     def _from_source(self, flight: Flight[T], held: Held | None) -> Held | InPlace:
         """Fetch what the source has now, unless that is what is held."""
         quest = _Quest() if held is None else _Quest(beside=held.item.bytes, known=held.item.name)
         while True:
             artifact = self.source.find(flight.model)
+            kept = artifact.path is not None or (held is not None and artifact.version == held.version)
+            self._sized(flight, 0 if kept else artifact.size)
             if artifact.path is not None:
                 if held is not None:  # it was an archive before
                     self.shelf.release(held)
@@ -195,11 +151,11 @@ class Fetcher(Generic[T]):
             if quest.restarts >= _RESTARTS:
                 raise
         except Contention as contention:
-            quest.least = contention.need
+            flight.least = contention.need
             with self.guard:
                 self.guard.wait(RECHECK)
         except FetchedElsewhere:
-            found = self.shelf.await_others(Trip(flight, self.flights, self.residents))
+            found = self.shelf.await_others(self._trip(flight))
             if found is not None and flight.refresh and found.version != artifact.version:
                 quest.known = found.item.name
                 self.shelf.release(found)
@@ -207,11 +163,16 @@ class Fetcher(Generic[T]):
             return found
         return None
 
+    def _count(self, flight: Flight[T], amount: int) -> None:
+        with self.guard:
+            flight.transfer.count(amount)
+
     def _fetch(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Held:
         started = time.monotonic()
-        trip = Trip(flight, self.flights, self.residents)
-        staging = self.shelf.stage(trip, artifact.size, quest.least, quest.beside, quest.known)
+        staging = self.shelf.stage(self._trip(flight), artifact.size, flight.least, quest.beside, quest.known)
         flight.state = "fetching"
+        with self.guard:
+            flight.transfer.begin()
         try:
             path = fetch(
                 self.source,
@@ -219,6 +180,7 @@ class Fetcher(Generic[T]):
                 staging,
                 grow=functools.partial(self.shelf.grow, staging),
                 check=lambda: check_cancelled(flight),
+                count=functools.partial(self._count, flight),
                 mode=self.shelf.mode,
             )
             record = Record(
@@ -237,6 +199,7 @@ class Fetcher(Generic[T]):
                 raise
             raise _disk_error(error, flight.model, staging.folder, artifact.size, self.shelf.free()) from error
         except BaseException:
+            flight.least = max(flight.least, staging.charged)  # a next try asks for all of it before it begins
             self.shelf.discard(staging)
             raise
         flight.fetch_seconds = record.fetch_seconds
@@ -261,16 +224,6 @@ class Fetcher(Generic[T]):
         with self.guard:
             before = self.shelf.index.models.get(model)
         return max(time.time(), before.record.fetched + _TICK if before is not None else 0.0)
-
-
-def check_cancelled(flight: Flight[Any]) -> None:
-    """Stop a flight that was told to.
-
-    Raises:
-        Cancelled: it was.
-    """
-    if flight.cancelled:
-        raise Cancelled(f"the fetch of {flight.model!a} was told to stop", model=flight.model)
 
 
 def _stale(model: str, error: Exception) -> ModelCacheError:

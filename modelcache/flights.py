@@ -1,13 +1,14 @@
 """One fetch or load under way for each model, and all who wait for it.
 
-Who runs a flight is ``workers``, what it does is ``loading``. Here: who waits, whether waits run in a circle,
-and which failures are remembered. All state is guarded by the cache's guard.
+Who runs a flight is ``workers``, what it does is ``loading``, who goes before whom ``ranks``. Here: who waits, whether
+waits run in a circle, and which failures are remembered. All state is guarded by the cache's guard.
 """
 
 import contextvars
 import threading
 import time
-import traceback
+import weakref
+from collections.abc import Callable  # noqa: TC003 - for one annotation of an attribute
 from typing import Any, Generic, Protocol, TypeVar
 
 from modelcache.errors import CacheClosed, InvalidModelId, LoadFailed, ModelCacheError, NoRoom, Timeout, TooLarge
@@ -16,6 +17,7 @@ from modelcache.guard import Guard
 from modelcache.identity import me
 from modelcache.memory.entries import Entry, Lease
 from modelcache.memory.measuring import Scale
+from modelcache.transfers import Transfer
 
 T = TypeVar("T")
 
@@ -28,7 +30,15 @@ class Cancelled(CacheClosed):
 
 
 class Watcher(Protocol):
-    """Somebody who wants a model brought in, but does not wait in a lookup (a prefetch)."""
+    """Somebody who wants a model brought in, but does not wait in a lookup (a prefetch).
+
+    Attributes:
+        urgent: whether its threads wait as a lookup does.
+        to_memory: whether it wants more than to have the model on disk.
+    """
+
+    urgent: bool
+    to_memory: bool
 
     def finished(self, model: str, error: ModelCacheError | None) -> None:
         """Hear how it ended; called outside the guard."""
@@ -62,6 +72,10 @@ class Flight(Generic[T]):
         done: set once that was told; everybody else goes on from here, so that callbacks come first.
         refusal: what stands in the way while it waits for room.
         cancelled: told to stop as soon as it can.
+        lent: its thread may leave it, to go on later, where a request needs the thread.
+        ahead: it has one of the threads that run what nobody waits for.
+        transfer: its bytes on their way.
+        least: bytes on disk to reserve for it at least, as it turned out before.
         thread: identity of the thread that runs it.
         fetch_seconds: what the fetch took; 0 where the artifact was there.
         refresh: whether the source is asked although the artifact is there.
@@ -86,6 +100,10 @@ class Flight(Generic[T]):
         self.error: ModelCacheError | None = None
         self.refusal: NoRoom | None = None
         self.cancelled = False
+        self.lent = False
+        self.ahead = False
+        self.transfer = Transfer()
+        self.least = 0
         self.thread: object = None
         self.fetch_seconds = 0.0
         self.refresh = False
@@ -132,6 +150,15 @@ class Flight(Generic[T]):
         watching = [watcher.threads() for flight in chain for watcher in flight.watchers]
         return {flight.thread for flight in chain}.union(*(flight.waiters.values() for flight in chain), *watching)
 
+    def asked_for(self, loaders: set[object]) -> bool:
+        """Whether a thread waits for it in a lookup or a refresh that is none of these."""
+        if self.waiters and not loaders.issuperset(self.waiters.values()):
+            return True
+        for watcher in self.watchers:  # noqa: SIM110 - half the time of any(), and asked of a thousand flights
+            if watcher.urgent and not loaders.issuperset(watcher.threads()):
+                return True
+        return False
+
     def ancestors(self) -> "set[Flight[T]]":
         """Return the flights whose loaders, one inside the other, asked for this one."""
         found: set[Flight[T]] = set()
@@ -157,9 +184,11 @@ class Flights(Generic[T]):
 
     def __init__(self, guard: Guard, retry_after: float, loaders: int) -> None:
         self._guard = guard
-        self._loaders = loaders
+        self.loaders = loaders
         self._retry_after = retry_after
         self.active: dict[str, Flight[T]] = {}
+        self.handles: weakref.WeakSet[Watcher] = weakref.WeakSet()  # all prefetches that somebody still looks at
+        self.pressed: Callable[[], bool] = lambda: False  # whether a request waits for a thread
         self.closers: set[object] = set()  # identities of the threads that are closing the cache
         self._failures: dict[str, tuple[ModelCacheError, float]] = {}
 
@@ -262,31 +291,9 @@ class Flights(Generic[T]):
         others = (other.threads() for other in self.active.values() if other.state == "waiting for room")
         return flight.threads().union(*others, self.closers)
 
-    def hopeless(self, flight: Flight[T], holders: set[object]) -> bool:
-        """Whether nobody who could give room to ``flight`` will: all wait for room, or for it, themselves.
-
-        Args:
-            flight: what needs room.
-            holders: identities of the threads that hold leases.
-        """
-        mine = {flight, *flight.ancestors()}
-        others = [other for other in self.active.values() if other not in mine]
-        running = sum(other.claimed and other.parent is None for other in self.active.values())
-        for other in others:
-            queued = not other.claimed and running >= self._loaders
-            blocked = any(not ahead.landed for ahead in other.blocked_on)  # its loader may not have woken up yet
-            if not (queued or other.state == "waiting for room" or blocked):
-                return False
-        waiting: set[object] = set(self.closers)
-        for stuck in [*mine, *others]:
-            waiting.add(stuck.thread)
-            waiting.update(stuck.waiters.values())
-            waiting.update(*(watcher.threads() for watcher in stuck.watchers))
-        return holders <= waiting
-
     def reset_after_fork(self) -> None:
         """In a child: the parent's threads do not exist here, so neither do their flights."""
-        for watcher in {watcher for flight in self.active.values() for watcher in flight.watchers}:
+        for watcher in {*self.handles}.union(*(flight.watchers for flight in self.active.values())):
             watcher.reset_after_fork()
         self.active = {}
         self.closers = set()
@@ -297,20 +304,17 @@ def announce(flight: Flight[Any]) -> None:
     if flight.done.is_set():
         return
     flight.done.set()
+    error = flight.error
+    if flight.refresh and error is not None:  # which is only its asker's business
+        error = Cancelled(f"the refresh of {flight.model!a} failed", model=flight.model)
     for watcher in list(flight.watchers):
-        watcher.finished(flight.model, flight.error)
+        watcher.finished(flight.model, error)
 
 
-def clear_frames(error: BaseException | None) -> None:
-    """Drop the local variables that an error's traceback keeps alive: a half-loaded model may be among them."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        error = queue.pop()
-        if error is None or id(error) in seen:
-            continue
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        queue += [error.__cause__, error.__context__]
-        if isinstance(error, BaseExceptionGroup):
-            queue += error.exceptions
+def announce_on_disk(flight: Flight[Any], guard: Guard) -> None:
+    """Tell those who want a model on disk only that it is there, where it is to be loaded as well."""
+    with guard:
+        content = {watcher for watcher in flight.watchers if flight.to_memory and not watcher.to_memory}
+        flight.watchers -= content
+    for watcher in content:
+        watcher.finished(flight.model, None)

@@ -20,7 +20,10 @@ class Refreshing:
         threads: the identities of the threads that wait; empty: nobody does.
     """
 
+    to_memory = True  # it waits for all of it
+
     def __init__(self, *threads: object) -> None:
+        self.urgent = bool(threads)
         self._threads = set(threads)
 
     def finished(self, model: str, error: ModelCacheError | None) -> None:

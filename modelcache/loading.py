@@ -14,8 +14,8 @@ import attrs
 from modelcache.disk.shelf import Held, Shelf
 from modelcache.errors import CacheClosed, LoadFailed, ModelCacheError, NoRoom, Timeout
 from modelcache.events import Failed, Loaded, Reason
-from modelcache.fetching import Fetcher, InPlace, Trip, check_cancelled
-from modelcache.flights import Cancelled, Flight, Flights, announce, clear_frames, current
+from modelcache.fetching import Fetcher, InPlace
+from modelcache.flights import Cancelled, Flight, Flights, announce, announce_on_disk, current
 from modelcache.freshness import only_refreshes
 from modelcache.guard import Guard
 from modelcache.history import History
@@ -28,7 +28,9 @@ from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
-from modelcache.telling import Teller, complain, text_of
+from modelcache.ranks import GivesWay, leave
+from modelcache.telling import Teller, clear_frames, complain, text_of
+from modelcache.trips import Trip, check_cancelled
 
 T = TypeVar("T")
 
@@ -56,6 +58,7 @@ class Loader(Generic[T]):
         size_of: the user's estimate, called with model and path; None where there is none.
         closed: whether the cache is closed.
         landed: called after each load, outside the guard.
+        requeue: has some thread of the cache run a flight later, as its own was needed for a request.
     """
 
     fetcher: Fetcher[T]
@@ -74,26 +77,39 @@ class Loader(Generic[T]):
     size_of: Callable[[str, Path], int] | None
     closed: Callable[[], bool]
     landed: Callable[[], None]
+    requeue: Callable[[Flight[T]], None]
 
-    def run(self, flight: Flight[T], parent: Flight[T] | None = None) -> None:
-        """Run a flight to its end, unless another thread has it; never raises.
+    def run(self, flight: Flight[T], parent: Flight[T] | None = None, *, ahead: bool | None = None) -> None:
+        """Run a flight to its end, or until it gives way, unless another thread has it; never raises.
 
         Args:
             flight: what to run.
             parent: the flight whose loader waits for it on this thread, where it did not ask for it as it began.
+            ahead: whether this is one of the threads that run what nobody waits for. None: this thread has come to wait
+                for it, so that it must not give way any more, whoever runs it.
         """
         with self.guard:
+            flight.lent = flight.lent and ahead is not None
             if not self.flights.claim(flight):
                 return
+            flight.lent, flight.ahead = ahead is not None, bool(ahead)
             flight.parent = flight.parent or parent
-        flight.context.run(self._run, flight)
+        while not flight.context.run(self._run, flight):
+            with self.guard:
+                left = leave(self.flights, flight)
+            if left:
+                self.requeue(flight)
+                break
         if flight.parent is None:
             self.teller.drop()
 
-    def _run(self, flight: Flight[T]) -> None:
+    def _run(self, flight: Flight[T]) -> bool:
+        """Run a flight; return False where it is to give way."""
         token = current.set(flight)
         try:
             self._fly(flight)
+        except GivesWay:
+            return False
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiters must hear of it
             if flight.landed:  # what comes after the landing is not the waiters' business
                 complain("after model %a had landed", flight.model, error=error)
@@ -103,6 +119,7 @@ class Loader(Generic[T]):
             if flight.landed:
                 announce(flight)
             current.reset(token)
+        return True
 
     def fail(self, flight: Flight[T], error: ModelCacheError) -> None:
         """End a flight in an error: remembered, told, and given to all who wait."""
@@ -143,6 +160,7 @@ class Loader(Generic[T]):
     def _fly(self, flight: Flight[T]) -> None:
         found = self.fetcher.find(flight)
         try:
+            announce_on_disk(flight, self.guard)
             with self.guard:
                 if flight.refresh:
                     self.residents.outdate(flight.model, found.version)
@@ -162,6 +180,9 @@ class Loader(Generic[T]):
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:
         """Make room, load and land; from then on the entry keeps what was found."""
+        trip = Trip(flight, self.flights, self.residents, self.shelf.index)
+        with self.guard:
+            trip.give_way(holds=True)
         given = self._given(flight.model, found)
         self.history.recall(flight.model, found)
         with self.guard:
@@ -170,7 +191,6 @@ class Loader(Generic[T]):
         with self.guard:
             plan = self.residents.footprints.plan(flight.model, found.size, given, kind)
         check_cancelled(flight)
-        trip = Trip(flight, self.flights, self.residents)
         limits, churn = self.admission.admit(trip, flight, plan)
         flight.state = "loading"
         scale = self.measuring.begin(plan, churn, limits.reading)

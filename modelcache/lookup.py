@@ -84,6 +84,8 @@ class Lookup(Generic[T]):
                     flight.waiters[lease] = me()
                     if asker is not None:
                         asker.blocked_on.add(flight)
+                    if not new:
+                        parts.guard.notify()  # it goes before others from now on
         parts.teller.tell([event])
         if failure is not None:
             raise failure

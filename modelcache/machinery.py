@@ -40,6 +40,7 @@ from modelcache.memory.unloading import Unloader
 from modelcache.monitor import Monitor
 from modelcache.peaks import PeakMeter
 from modelcache.policies import Guarded
+from modelcache.ranks import urgent as urgent_of
 from modelcache.sources import Source, source_from
 from modelcache.telling import Teller
 from modelcache.units import parse_count, parse_seconds
@@ -99,6 +100,7 @@ class Machinery(Generic[T]):
         self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, _Upstairs(self), self.teller)
         self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, self.disk_room, self.teller)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
+        self.flights.pressed = self.workers.pressed
         self.monitor = Monitor(self._look, self.memory.interval)
         self.fetcher: Fetcher[T] = Fetcher(
             self.source, self.shelf, self.flights, self.residents, self.guard, self.teller
@@ -121,6 +123,7 @@ class Machinery(Generic[T]):
             size_of=size_of,
             closed=lambda: self.closed,
             landed=self.monitor.start,
+            requeue=lambda flight: self.give_to_worker(flight, urgent=False, first=True),
         )
 
     def _look(self) -> bool:
@@ -176,13 +179,26 @@ class Machinery(Generic[T]):
         elif new or not flight.claimed:
             self.give_to_worker(flight, urgent=True)
 
-    def give_to_worker(self, flight: Flight[T], *, urgent: bool) -> None:
-        """Have a thread of the cache run a flight."""
+    def give_to_worker(self, flight: Flight[T], *, urgent: bool, first: bool = False) -> None:
+        """Have a thread of the cache run a flight; ``first``: before others that are as urgent."""
         try:
-            self.workers.submit(functools.partial(self.loader.run, flight), urgent=urgent)
+            self.workers.submit(functools.partial(self._work, flight, ahead=not urgent), urgent=urgent, first=first)
         except RuntimeError as error:  # stopped, or the interpreter is ending
             failure = CacheClosed(f"no thread for {flight.model!a}: {error}", model=flight.model)
             self.abandon(flight, failure)
+
+        if urgent and self.workers.pressed():
+            with self.guard:
+                self.guard.notify()  # a prefetch that waits for room gives its thread up
+
+    def _work(self, flight: Flight[T], *, ahead: bool) -> None:
+        """On a thread of the cache: run a flight; where nobody is in a hurry any more, it goes to the others."""
+        with self.guard:
+            late = not ahead and not flight.claimed and flight not in urgent_of(self.flights)
+        if late:
+            self.give_to_worker(flight, urgent=False)
+        else:
+            self.loader.run(flight, ahead=ahead)
 
     def abandon(self, flight: Flight[T], error: ModelCacheError) -> None:
         """End a flight that no thread has begun."""

@@ -1,9 +1,8 @@
 """What is ordered of a cache beside lookups: bring models in ahead of time, drop them from memory or from disk."""
 
 import contextlib
-import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from modelcache.errors import CacheClosed, ModelCacheError
@@ -38,29 +37,43 @@ class Orders:
         self._parts.enter("prefetch")
         if self._parts.closed:
             raise CacheClosed("the cache is closed: make a new ModelCache")
-        again = functools.partial(self._again, to_memory=to_memory)
-        handle = Prefetch(models, self._drop_prefetch, self._help, again)
+        guard = self._parts.guard
+        handle = Prefetch(
+            models, to_memory=to_memory, guard=guard, drop=self._drop, wait_for=self._help, again=self._again
+        )
+        with guard:
+            self._parts.flights.handles.add(handle)
         for model in models:
-            self._prefetch(model, handle, to_memory=to_memory)
+            self._prefetch(model, handle)
         return handle
 
-    def _again(self, handle: Prefetch, model: str, error: ModelCacheError, *, to_memory: bool) -> bool:
+    def _again(self, handle: Prefetch, model: str, error: ModelCacheError) -> bool:
         """Bring a model in anew whose flight somebody else told to stop; return whether that is so."""
         if not isinstance(error, Cancelled) or handle.cancelled or self._parts.closed:
             return False
-        self._prefetch(model, handle, to_memory=to_memory, here=self._parts.workers.own())
+        self._prefetch(model, handle, here=self._parts.workers.own())
         return True
 
-    def _prefetch(self, model: str, handle: Prefetch, *, to_memory: bool, here: bool = False) -> None:
-        """Bring one model in for a prefetch, unless it is there already."""
-        with self._parts.guard:
-            there = model in self._parts.residents.resident or self._parts.residents.rescue(model) is not None
-            there = there or (not to_memory and model in self._parts.shelf.index.models)
-            failure = None if there else self._parts.flights.failure(model)
+    def _prefetch(self, model: str, handle: Prefetch, *, here: bool = False) -> None:
+        """Bring one model in for a prefetch, unless it is there already, or the prefetch was cancelled meanwhile."""
+        parts = self._parts
+        with parts.guard:
+            if not handle.wants(model):
+                return
+            failure: ModelCacheError | None = None
             flight, new = None, False
-            if not there and failure is None:
-                flight, new = self._parts.flights.start(model, Reason.PREFETCH, to_memory=to_memory)
-                flight.watchers.add(handle)
+            on_disk = model in parts.shelf.index.models
+            there = model in parts.residents.resident or parts.residents.rescue(model) is not None
+            if parts.closed:
+                failure = CacheClosed(f"the cache was closed before {model!a} was begun", model=model)
+            elif not there and (handle.to_memory or not on_disk):
+                failure = parts.flights.failure(model)
+                if failure is None:
+                    flight, new = parts.flights.start(model, Reason.PREFETCH, to_memory=handle.to_memory)
+                    flight.watchers.add(handle)
+                    handle.boarded(model, flight)
+                    if new and on_disk:
+                        flight.transfer.found(0)
         if flight is None:
             handle.finished(model, failure)
         elif here:  # all other threads of the cache may wait for it
@@ -69,25 +82,28 @@ class Orders:
             self._parts.give_to_worker(flight, urgent=False)
 
     @contextlib.contextmanager
-    def _help(self, handle: Prefetch, models: Iterable[str]) -> Iterator[None]:
+    def _help(self, handle: Prefetch) -> Iterator[None]:
         """Around a wait: run its flights here where this is a thread of the cache, which must not wait for others.
 
         A loader is known to wait for them until the wait ends.
         """
         parts, ahead = self._parts, set()
+        parts.enter("wait for a prefetch")
         asker = parts.flights.running()
+        with parts.guard:
+            models = handle.wanted()
+            parts.guard.notify()  # whoever waits for room learns that one more thread waits
         try:
-            for model in models:
+            for model in models if asker is not None or parts.workers.own() else ():
                 with parts.guard:
                     flight = parts.flights.active.get(model)
                     circle = parts.flights.circle(flight, asker) if flight is not None and asker is not None else None
                     if flight is not None and asker is not None and circle is None:
                         ahead.add(flight)
                         asker.blocked_on.add(flight)
-                    parts.guard.notify()  # whoever waits for room learns that one more thread waits
                 if circle is not None:
                     handle.finished(model, circle)
-                elif flight is not None and (asker is not None or parts.workers.own()):
+                elif flight is not None:
                     parts.loader.run(flight, asker)
             yield
         finally:
@@ -96,8 +112,11 @@ class Orders:
                     asker.blocked_on -= ahead
                     parts.guard.notify()
 
-    def _drop_prefetch(self, handle: Prefetch, models: Iterable[str]) -> None:
+    def _drop(self, handle: Prefetch) -> None:
         """Stop the flights that only this prefetch wanted."""
+        self._parts.enter("cancel of a prefetch")
+        with self._parts.guard:
+            models = handle.give_up()
         for model in models:
             with self._parts.guard:
                 flight = self._parts.flights.active.get(model)

@@ -1,13 +1,15 @@
 """From decision to callback: numbers events, keeps the recent ones, hands them to the hooks.
 
 Callbacks and their isolation are ``hooks``. Here is what happens to a KeyboardInterrupt or SystemExit that a
-callback, or an ``unload=``, raises: it is kept until the verb that caused it has left everything consistent.
+callback, or an ``unload=``, raises: it is kept until the verb that caused it has left everything consistent. And how
+errors of strangers are told, and kept from keeping things alive.
 """
 
 import contextlib
 import itertools
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable
 
@@ -75,3 +77,18 @@ class Teller:
         if stop is not None:
             self._pending.stop = None
             complain("a callback raised %r on a thread of the cache: ignored", stop)
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables that an error's traceback keeps alive: a half-loaded model may be among them."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        error = queue.pop()
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        queue += [error.__cause__, error.__context__]
+        if isinstance(error, BaseExceptionGroup):
+            queue += error.exceptions

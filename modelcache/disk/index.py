@@ -6,7 +6,7 @@ moment they are reserved until their files are gone. What other processes have d
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -34,8 +34,26 @@ class Wish(Protocol):
         """The id of the model that needs the room."""
         ...
 
+    @property
+    def urgent(self) -> bool:
+        """Whether a request waits for it: then it goes before what nobody waits for; the guard is held."""
+        ...
+
+    @property
+    def nested(self) -> bool:
+        """Whether a loader under way waits for it: then it does not wait behind others; the guard is held."""
+        ...
+
+    def spared(self) -> set[str]:
+        """Return the models whose files are not removed for it; the guard is held."""
+        ...
+
+    def relieved(self) -> bool:
+        """Whether somebody is about to let go of files for it; the guard is held."""
+        ...
+
     def check(self) -> None:
-        """Raise Cancelled where it was told to stop, or nobody waits for it any more; the guard is held."""
+        """Raise where it was told to stop, nobody waits for it any more, or it gives way; the guard is held."""
         ...
 
     def refused(self, refusal: NoRoom | None) -> None:
@@ -102,6 +120,7 @@ class Staging:
         listed: whether the ledger knows of it.
         beside: bytes of the version on disk that stays until this one is published.
         known: name of the folder of that version; empty where there is none.
+        lacking: it has asked for room that is not there yet.
     """
 
     wish: Wish
@@ -115,6 +134,7 @@ class Staging:
     listed: bool = False
     beside: int = 0
     known: str = ""
+    lacking: bool = False
 
     @property
     def target(self) -> Path:
@@ -333,8 +353,12 @@ class Index:
             return DiskShortage(limits.min_free - left - going, Reason.MIN_FREE, figures)
         return DiskShortage(0, Reason.DISK_BUDGET, {})
 
-    def choose(self, missing: int) -> list[Item]:
-        """Choose just enough to go: what is no model's present artifact first, then by the policy."""
+    def pressed(self) -> bool:
+        """Whether a request lacks room."""
+        return any(staging.lacking and staging.wish.urgent for staging in self.stagings)
+
+    def choose(self, missing: int, spared: Collection[str] = ()) -> list[Item]:
+        """Choose just enough to go, none ``spared``: what is no model's present artifact first, then by the policy."""
         chosen: list[Item] = []
         if missing <= 0:
             return chosen
@@ -344,7 +368,8 @@ class Index:
             missing -= item.bytes
             chosen.append(item)
         if missing > 0 and self.models:
-            for model in self._policy.victims(missing, Allowed(self.models, _idle)):
+            may = lambda item: _idle(item) and item.model not in spared  # noqa: E731 - of this line
+            for model in self._policy.victims(missing, Allowed(self.models, may)):
                 missing -= self.models[model].bytes
                 chosen.append(self.models[model])
                 if missing <= 0:

@@ -4,7 +4,7 @@ It acts, outside the guard, on what ``disk.index`` decides under it; files are r
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import attrs
 
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
-from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging
+from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging, Wish
 from modelcache.disk.sweeping import sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import NoRoom, TooLarge
@@ -62,11 +62,13 @@ class _Decision:
 
     Attributes:
         shortage: what is lacking.
+        granted: whether the bytes are set aside.
         victims: who is to go.
         told: the events for that.
     """
 
     shortage: DiskShortage
+    granted: bool
     victims: list[Item]
     told: list[Event]
 
@@ -120,9 +122,10 @@ class DiskRoom:
             if limits.budget is not None and staging.beside + staging.reserved + amount > limits.budget:
                 raise _too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
             decision = self._decide(staging, amount, limits, evict=swept)
-            if decision.shortage.fits:
+            if decision.granted:
                 return
             with self._guard:
+                behind = self._behind(staging)
                 pinned = self._others(staging)
             if not swept:  # what dead processes left goes before anything that can be served
                 sweep(self._store)
@@ -130,8 +133,12 @@ class DiskRoom:
             elif decision.victims:
                 self._teller.tell(decision.told)
                 self.remove(decision.victims)
-            elif decision.shortage.missing <= 0 or not self._upstairs.give_up(
-                pinned, decision.shortage.reason, decision.shortage.figures, staging.wish.model
+            elif (
+                behind
+                or decision.shortage.missing <= 0
+                or not self._upstairs.give_up(
+                    pinned, decision.shortage.reason, decision.shortage.figures, staging.wish.model
+                )
             ):
                 self._wait(staging, amount, decision.shortage)
                 swept = not self._index.others.sharing
@@ -149,17 +156,21 @@ class DiskRoom:
                 for item in victims:  # of a try that failed
                     index.become(item, item.was)
                 shortage = index.shortage(amount, limits)
-                victims[:] = index.choose(shortage.missing) if evict and not shortage.fits else []
+                behind = staging is not None and self._behind(staging)
+                spared = staging.wish.spared() if staging is not None else ()
+                able = evict and not behind and not shortage.fits
+                victims[:] = index.choose(shortage.missing, spared) if able else []
                 told = [self._evicted(item, shortage, for_model) for item in victims]
                 for item in victims:
                     item.was = item.state
                     index.become(item, State.LEAVING)
             if victims:
                 self._agreed.mark(book, victims, State.LEAVING)
-            if shortage.fits and staging is not None:
+            granted = shortage.fits and not behind
+            if granted and staging is not None:
                 staging.wanted = 0
                 self._agreed.hold(book, staging, staging.reserved + amount)
-            return _Decision(shortage, list(victims), told)
+            return _Decision(shortage, granted, list(victims), told)
 
         try:
             decision = self._agreed.change(decide, self._checks(staging))
@@ -168,12 +179,20 @@ class DiskRoom:
                 for item in victims:
                     index.become(item, item.was)
             raise
-        if decision.shortage.fits and staging is not None:
-            with self._guard:
+        if staging is not None:
+            self._note(staging, amount, granted=decision.granted)
+        return decision
+
+    def _note(self, staging: Staging, amount: int, *, granted: bool) -> None:
+        """Take note of what was agreed on."""
+        with self._guard:
+            if granted:
                 staging.reserved += amount
                 staging.told = min(staging.charged, staging.reserved)
                 staging.wish.refused(None)
-        return decision
+            elif not staging.lacking:
+                self._guard.notify()  # who gives way to it learns of it
+            staging.lacking = not granted
 
     def _checks(self, staging: Staging | None) -> Callable[[], None] | None:
         if staging is None:
@@ -187,7 +206,12 @@ class DiskRoom:
 
     def _others(self, staging: Staging) -> list[str]:
         """Return the models that could give up their files: not this one, whose old version stays until then."""
-        return [model for model in self._index.pinned() if model != staging.wish.model]
+        spared = {staging.wish.model, *staging.wish.spared()}
+        return [model for model in self._index.pinned() if model not in spared]
+
+    def _behind(self, staging: Staging) -> bool:
+        """Whether a request lacks room, and this is for none; the guard is held."""
+        return self._index.pressed() and not staging.wish.urgent and not staging.wish.nested
 
     def _wait(self, staging: Staging, amount: int, shortage: DiskShortage) -> None:
         """Wait for something to change.
@@ -205,16 +229,25 @@ class DiskRoom:
             others = self._index.stagings - {staging}
             moving = self._index.moving() or self._index.others.moving or any(not other.waiting for other in others)
             sharing = self._index.others.sharing or any(other.reserved for other in others)
+            behind = self._behind(staging)
             state, wish.state = wish.state, "waiting for room"
             try:
                 wish.check()
+                if behind and staging.reserved:
+                    raise Contention(staging.reserved + amount)
+                if behind:
+                    staging.waiting = True
+                    self._guard.wait(RECHECK)
+                if behind or shortage.fits:
+                    return
                 if shortage.missing > 0 and self._upstairs.idle(self._others(staging)):
                     return  # it became idle since it was asked for
                 refusal = self._no_room(staging, amount, shortage)
                 wish.refused(refusal)
-                if staging.reserved and sharing and not moving:
+                rivals = self._rivals(others, wish) or self._index.others.sharing
+                if staging.reserved and rivals and not moving:
                     raise Contention(staging.reserved + amount)
-                stays = moving or sharing or self._index.read_elsewhere()
+                stays = moving or sharing or self._index.read_elsewhere() or wish.relieved()
                 if not stays and wish.hopeless():
                     raise refusal
                 staging.waiting = True
@@ -222,6 +255,12 @@ class DiskRoom:
             finally:
                 staging.waiting = False
                 wish.state = state
+
+    @staticmethod
+    def _rivals(others: Iterable[Staging], wish: Wish) -> bool:
+        """Whether others hold a share and would not give it to this one of themselves; the guard is held."""
+        urgent = wish.urgent
+        return any(other.reserved and (other.wish.urgent or not urgent) for other in others)
 
     def _no_room(self, staging: Staging, amount: int, shortage: DiskShortage) -> NoRoom:
         model, figures = staging.wish.model, shortage.figures

@@ -6,6 +6,7 @@ outside, are ``memory.room``.
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 import attrs
@@ -45,6 +46,10 @@ class Applicant(Protocol):
     @property
     def nested(self) -> bool:
         """Whether a loader under way waits for it: then it does not wait behind others."""
+        ...
+
+    def first(self, line: Iterable[object]) -> bool:
+        """Whether nobody in the line goes before it; the guard is held."""
         ...
 
     def threads(self) -> set[object]:
@@ -133,7 +138,7 @@ class Admission(Generic[T]):
                 residents.drain()
                 need = _bare(plan, limits) if bare else _peak(plan, limits)
                 shortage = self._choosing.newcomer(limits, need, plan.resident)
-                turn = applicant.nested or next(iter(residents.line), token) is token
+                turn = applicant.nested or applicant.first(residents.line)
                 clear = self._clear(token, plan, since, nested=applicant.nested)
                 if turn and clear and shortage.fits and not self._leaving(applicant, applicant.model):
                     crowded = self._others_load(applicant)
@@ -221,9 +226,9 @@ class Admission(Generic[T]):
         if rows > 1 or (losses > 1 and not ending):
             raise refusal
         applicant.refused(refusal)
-        if losses == 1:  # leases come and go without the guard: look once more before that is final
-            return
         interval = self._tier.interval
+        if losses == 1:  # leases come and go without the guard, others woke up as well: look again before that is final
+            interval = _LOOK if len(self._residents.line) > 1 else 0.0
         if plan.alone or self._solo[0]:
             interval = min(interval, _PATIENCE)
         if ending:
@@ -276,11 +281,7 @@ class Admission(Generic[T]):
         )
 
 
-_SETTING = {
-    Reason.WATERMARK: "high",
-    Reason.MEMORY_BUDGET: "budget",
-    Reason.MAX_MODELS: "max_models",
-}
+_SETTING = {Reason.WATERMARK: "high", Reason.MEMORY_BUDGET: "budget", Reason.MAX_MODELS: "max_models"}
 
 
 def _sober(plan: Plan, limits: Limits) -> Plan:

@@ -312,6 +312,8 @@ def remember_fetches(cache: ModelCache[Any], **seconds: float) -> None:
     for path in (cache.disk.path / "models").glob("*/record.json"):
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"fetch_seconds": seconds[record["model"]]}))
+    for path in cache.disk.path.glob("ledger*"):
+        path.unlink()  # to be made anew from the records
 
 
 def test_worth_is_the_default() -> None:

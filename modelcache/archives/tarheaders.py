@@ -80,6 +80,7 @@ class Headers:
         self._take = take
         self._offset = offset
         self._global: dict[str, str] = {}
+        self._long = 0
 
     def next(self, block: bytes) -> Member:
         """Return the member whose first header is ``block``.
@@ -114,6 +115,9 @@ class Headers:
     def _payload(self, info: tarfile.TarInfo) -> bytes:
         if info.size > self._job.limits.header:
             raise self._job.unsafe(f"a tar header over {self._job.limits.header} bytes", info.name)
+        self._long += HEADER + info.size
+        if self._long > self._job.limits.headers:
+            raise self._job.unsafe(f"tar headers over {self._job.limits.headers} bytes in all", info.name)
         return self._take(-(-info.size // HEADER) * HEADER)[: info.size]
 
     def _records(self, payload: bytes, member: str) -> dict[str, str]:

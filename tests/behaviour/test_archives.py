@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,11 @@ if sys.version_info >= (3, 14):
 
     compress_zstd = _zstd.compress
 else:
-    zstandard = pytest.importorskip("zstandard")
+    zstd = pytest.importorskip("backports.zstd")
 
     def compress_zstd(data: bytes) -> bytes:
         """Return one zstd frame, with a checksum."""
-        return bytes(zstandard.ZstdCompressor(write_checksum=True).compress(data))
+        return bytes(zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1}))
 
 
 @pytest.fixture
@@ -151,7 +150,7 @@ class TestKinds:
 
     def test_without_zstandard(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without a zstd decoder the error says what to install."""
-        monkeypatch.setitem(sys.modules, "zstandard", None)
+        monkeypatch.setitem(sys.modules, "backports", None)
         monkeypatch.setitem(sys.modules, "compression", None)
         with pytest.raises(ConfigError, match=r"modelcache\[zstd\]"):
             bench.unpack(PACKED["tar.zst"]())
@@ -484,7 +483,7 @@ class TestEnds:
         data[1_000_000] ^= 0xFF
         with pytest.raises(ArtifactCorrupt) as caught:
             bench.unpack(bytes(data))
-        assert isinstance(caught.value.__cause__, zlib.error | EOFError)
+        assert type(caught.value.__cause__).__name__ in ("error", "EOFError")  # of whichever zlib
         assert caught.value.member == "weights"
         assert caught.value.offset is not None
         assert bench.stream.ended
@@ -690,8 +689,8 @@ class TestZip:
 
     @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
     def test_methods(self, bench: Bench, method: int) -> None:
-        """Compression methods without a bound on one read are refused by name."""
-        assert "stored and deflated" in refused(bench, zip_of(method=method), ArtifactCorrupt, "m.zip")
+        """Compression methods that we don't read are refused by name."""
+        assert "stored, deflated and zstd" in refused(bench, zip_of(method=method), ArtifactCorrupt, "m.zip")
 
     @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
     def test_crc(self, bench: Bench, method: int) -> None:

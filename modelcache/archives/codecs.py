@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     @property
     def rest(self) -> bytes:
-        """Input that was fed but not used; after the end, what follows it."""
+        """After the end: input that was fed and follows it."""
         ...
 
     def feed(self, data: bytes, /) -> None:
@@ -80,7 +80,7 @@ class _Inflate:
 
     @property
     def rest(self) -> bytes:
-        return bytes(self._zlib.unused_data) if self._zlib.eof else self._data
+        return bytes(self._zlib.unused_data)
 
     def feed(self, data: bytes) -> None:
         self._data = self._data + data if self._data else data
@@ -106,7 +106,7 @@ class _Zstd:
 
     @property
     def rest(self) -> bytes:
-        return bytes(self._zstd.unused_data) if self._zstd.eof else self._data
+        return bytes(self._zstd.unused_data)
 
     def feed(self, data: bytes) -> None:
         self._data = self._data + data if self._data else data

@@ -23,8 +23,12 @@ PIECE = 256 * 1024
 """Decoded bytes made at a time, at most: more would be mapped anew each time, which costs more than decoding."""
 _STEP = 1024 * 1024  # decoded bytes of one step on the thread, at most
 _AHEAD = 3  # steps under way or waiting to be used
-_ALONE = 1024 * 1024  # stored bytes below which a thread of its own brings nothing
+ALONE = 1024 * 1024
+"""Stored bytes below which a thread of its own brings nothing."""
+_BITE = 4096  # stored bytes given to a new decoder first, which may end at once and hand them back
 _MAGIC_SIZE = 4
+_SMALL = 1024  # stored bytes of a gzip member or zstd frame; no packer makes them smaller throughout
+_SHOWN = 16
 
 
 class Readable(Protocol):
@@ -79,6 +83,10 @@ class _Damage(Exception):
     """What is wrong with the data; its cause is what the decoder raised."""
 
 
+class _TooMany(_Damage):
+    """Nothing is wrong but that it would take for ever."""
+
+
 @attrs.frozen
 class _Step:
     """What one step of decoding gave.
@@ -102,13 +110,16 @@ _Pending = Callable[[], _Step]
 class _Undoing:
     """Gzip members or zstd frames, one after the other: stored bytes in, decoded bytes out, no I/O."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, limit: int) -> None:
         self._codec = codec
+        self._limit = limit
         self._engine: Engine | None = None
-        self._rest = b""
-        self._started = False
-        self._fed = 0
+        self._started = 0
+        self._data = b""
+        self._at = 0  # of the first byte in it that is not fed to an engine yet
         self._all = False
+        self._used = 0
+        self._bite = _BITE
         self._damage: _Damage | None = None
 
     def step(self, more: bytes | None, size: int) -> _Step:
@@ -118,7 +129,9 @@ class _Undoing:
             more: further input, ``b""`` at its end; None where there is enough.
             size: in bytes.
         """
-        self._feed(more)
+        if more is not None:
+            self._all = not more
+            self._data, self._at = self._data[self._at :] + more, 0
         pieces: list[bytes] = []
         made, hungry = 0, False
         try:
@@ -130,19 +143,7 @@ class _Undoing:
                     hungry = True
         except _Damage as damage:
             self._damage = damage
-        return _Step(pieces, self._fed - len(self._unused()), hungry, self._damage)
-
-    def _feed(self, more: bytes | None) -> None:
-        if more is not None:
-            self._all = not more
-            self._fed += len(more)
-            if self._engine is None:
-                self._rest += more
-            else:
-                self._engine.feed(more)
-
-    def _unused(self) -> bytes:
-        return self._rest if self._engine is None else self._engine.rest
+        return _Step(pieces, self._used, hungry, self._damage)
 
     def _decode(self) -> bytes:
         """Return the next piece; ``b""`` where there is none without more input."""
@@ -155,26 +156,55 @@ class _Undoing:
                 raise _Damage(self._codec.damage) from error
             if piece:
                 return piece
-            if not engine.ended:
-                if self._all:
-                    raise _Damage(f"cut off: the {self._codec.name} data has no end") from EOFError("end of stream")
+            if engine.ended:
+                self._end(engine.rest)
+            elif self._at < len(self._data):
+                engine.feed(self._take(self._bite))
+                self._bite = min(8 * self._bite, READ)
+            elif self._all:
+                raise _Damage(f"cut off: the {self._codec.name} data has no end") from EOFError("end of stream")
+            else:
                 break
-            self._rest, self._engine = engine.rest, None
         return b""
 
     def _start(self) -> Engine | None:
         """Begin the next gzip member or zstd frame; None where there is none, or none yet."""
         if self._started:
-            self._rest = self._rest.lstrip(b"\0")
-        if not self._rest or (len(self._rest) < _MAGIC_SIZE and not self._all):
+            self._skip_zeros()
+        left = len(self._data) - self._at
+        if not left or (left < _MAGIC_SIZE and not self._all):
             return None
-        if self._started and not self._codec.magic.match(self._rest):
-            raise _Damage(f"{self._rest[:16]!a} follows the end of the {self._codec.name} data")
-        self._started = True
+        if self._started and not self._codec.magic.match(self._data, self._at):
+            found = self._data[self._at : self._at + _SHOWN]
+            raise _Damage(f"{found!a} follows the end of the {self._codec.name} data")
+        self._started += 1
+        if self._started > self._limit and self._started * _SMALL > self._used:
+            raise _TooMany(f"more than {self._limit} {self._codec.name} members of less than {_SMALL} bytes")
+        self._bite = _BITE
         self._engine = self._codec.start()
-        self._engine.feed(self._rest)
-        self._rest = b""
         return self._engine
+
+    def _end(self, rest: bytes) -> None:
+        """Leave the engine, and take back what it did not use."""
+        self._engine = None
+        self._used -= len(rest)
+        if len(rest) <= self._at:
+            self._at -= len(rest)
+        else:
+            self._data, self._at = rest + self._data[self._at :], 0
+
+    def _take(self, size: int) -> bytes:
+        data = self._data[self._at : self._at + size]
+        self._at += len(data)
+        self._used += len(data)
+        return data
+
+    def _skip_zeros(self) -> None:
+        while bite := self._take(_BITE):
+            if kept := len(bite.lstrip(b"\0")):
+                self._at -= kept
+                self._used -= kept
+                break
 
 
 class Decoded:
@@ -205,8 +235,8 @@ class Decoded:
         self._steps: deque[_Pending] = deque()
         self._hungry = True
         self._all = False
-        self._undoing = None if codec is None else _Undoing(codec)
-        threaded = codec is not None and size >= _ALONE
+        self._undoing = None if codec is None else _Undoing(codec, job.limits.frames)
+        threaded = codec is not None and size >= ALONE
         self._pool = ThreadPoolExecutor(1, "modelcache-decoder") if threaded else None
 
     @property
@@ -252,6 +282,8 @@ class Decoded:
         step = self._steps.popleft()()
         self.offset, self._hungry = self._base + step.used, step.hungry
         self._pieces.extend(step.pieces)
+        if isinstance(step.damage, _TooMany):
+            raise self._job.unsafe(str(step.damage), self.member)
         if step.damage is not None and not step.pieces:
             raise self._job.corrupt(str(step.damage), self.member, self.offset) from step.damage.__cause__
         return True
@@ -262,7 +294,14 @@ class Decoded:
         while len(self._steps) < depth and not (self._all and (self._steps or self._hungry)):
             more = self._source.read(READ) if self._hungry else None
             self._all = self._all or more == b""
-            if self._pool is None:
-                self._steps.append(partial(undoing.step, more, PIECE))
-            else:
-                self._steps.append(self._pool.submit(undoing.step, more, _STEP).result)
+            self._steps.append(self._submit(undoing, more))
+
+    def _submit(self, undoing: _Undoing, more: bytes | None) -> _Pending:
+        if self._pool is None:
+            return partial(undoing.step, more, PIECE)
+        try:
+            return self._pool.submit(undoing.step, more, _STEP).result
+        except RuntimeError:  # no thread to be had, or none any more since the interpreter is about to end
+            if not self._steps:
+                self._pool.shutdown(cancel_futures=True)  # it may have kept this step, to run it later
+            return partial(undoing.step, more, _STEP)

@@ -30,6 +30,7 @@ class Limits:
         total: bytes of all files. How much disk there is stops an archive long before.
         header: bytes of one PAX or GNU long-name header of a tar, which has to be held in memory.
         headers: bytes of all of these; each costs time, and nothing else would bound them.
+        frames: gzip members or zstd frames, unless they have 1 KiB or more on average: each takes time to begin.
         directory: bytes of a zip's directory, which has to be held in memory.
         floor: bytes that any archive may unpack to, however small it is as stored.
         ratio: how many times its stored size an archive may unpack to, above ``floor``. Sparse weights reach
@@ -44,6 +45,7 @@ class Limits:
     total: int = 2**40
     header: int = 2**20
     headers: int = 128 * 2**20
+    frames: int = 10_000
     directory: int = 64 * 2**20
     floor: int = 2**30
     ratio: int = 200

@@ -93,12 +93,13 @@ class Headers:
         info = self._parse(block)
         while (kind := block[156:157]) in _LONG or kind in _PAX or kind == _GLOBAL:
             payload = self._payload(info)
-            if kind in _LONG:
-                records[_LONG[kind]] = payload.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-            elif kind == _GLOBAL:
+            if kind == _GLOBAL:
                 self._global.update(self._records(payload, info.name))
             else:
-                records.update(self._records(payload, info.name))
+                found = self._records(payload, info.name) if kind in _PAX else self._long_name(kind, payload)
+                if records.keys() & found.keys():  # GNU tar believes the last, others the first
+                    raise self._corrupt("two headers that say different things of one member", info.name)
+                records.update(found)
             block = self._take(HEADER)
             info = self._parse(block)
         return self._member(info, kind, {**self._global, **records})
@@ -118,13 +119,23 @@ class Headers:
         self._long += HEADER + info.size
         if self._long > self._job.limits.headers:
             raise self._job.unsafe(f"tar headers over {self._job.limits.headers} bytes in all", info.name)
-        return self._take(-(-info.size // HEADER) * HEADER)[: info.size]
+        blocks = self._take(-(-info.size // HEADER) * HEADER)
+        if blocks[info.size :].strip(b"\0"):  # a size that lies: some would read on
+            raise self._corrupt("a long header that does not end where it says", info.name)
+        return blocks[: info.size]
+
+    def _long_name(self, kind: bytes, payload: bytes) -> dict[str, str]:
+        name = payload.rstrip(b"\0")
+        if not name or b"\0" in name:
+            raise self._corrupt("a damaged long name")
+        return {_LONG[kind]: name.decode("utf-8", "surrogateescape")}
 
     def _records(self, payload: bytes, member: str) -> dict[str, str]:
         """Return the records we know of a PAX header; others (times, macOS attributes) are passed over."""
         known: dict[str, str] = {}
         at = 0
-        while at < len(payload) and payload[at]:
+        payload = payload.rstrip(b"\0")
+        while at < len(payload):
             length = payload[at : at + 9].partition(b" ")[0]
             end = at + int(length) if length.isdigit() else 0
             key, equals, value = payload[at + len(length) + 1 : end - 1].partition(b"=")

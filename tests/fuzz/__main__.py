@@ -1,0 +1,46 @@
+"""Fuzzes the archives: ``python -m tests.fuzz [--count 100000] [--seed 1] [--start 0]``; 1 where something was found.
+
+Inputs that broke a rule are kept in ``build/fuzz``. The same seed and number make the same input again.
+"""
+
+import argparse
+import collections
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from tests.support.fuzzing import Outcome, check_all
+
+
+def main() -> int:
+    """Run, and print what was found and how the inputs fared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start", type=int, default=0)
+    options = parser.parse_args()
+    fared: collections.Counter[tuple[str, str]] = collections.Counter()
+    begin = time.monotonic()
+    kept = Path("build/fuzz")
+    memory = Path("/dev/shm")  # noqa: S108 - a disk takes ten times as long
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        numbers = range(options.start, options.start + options.count)
+        for number, made, outcome in check_all(Path(folder, "bench"), options.seed, numbers):
+            if isinstance(outcome, Outcome):
+                fared[made.kind, outcome.error[0] if outcome.error else "unpacked"] += 1
+                continue
+            fared[made.kind, "BROKEN"] += 1
+            kept.mkdir(parents=True, exist_ok=True)
+            path = kept / f"{options.seed}-{number}.{made.kind}"
+            path.write_bytes(made.data)
+            print(f"{path}: {type(outcome).__name__}: {str(outcome)[:300]}", flush=True)
+    for (kind, how), count in sorted(fared.items()):
+        print(f"{kind:8} {how:16} {count:7}")
+    broken = sum(count for (_, how), count in fared.items() if how == "BROKEN")
+    print(f"{options.count} inputs in {time.monotonic() - begin:.0f} s, seed {options.seed}: {broken} broke a rule")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -35,6 +35,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+Works = Mapping[str, Callable[[Path], None]]
 _READ = 2**18
 _AHEAD = 4  # pieces, of the decoder thread that tarfile is given
 
@@ -107,6 +108,7 @@ class Ahead(io.RawIOBase):
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._queue: queue.Queue[bytes] = queue.Queue(_AHEAD)
         self._piece = memoryview(b"")
+        self._ended = False
         self._thread = threading.Thread(target=self._run, args=(pieces,))
         self._thread.start()
 
@@ -122,18 +124,17 @@ class Ahead(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill ``buffer``."""
-        if not self._piece:
+        if not self._piece and not self._ended:
             self._piece = memoryview(self._queue.get())
+            self._ended = not self._piece
         count = min(len(buffer), len(self._piece))
         buffer[:count], self._piece = self._piece[:count], self._piece[count:]
         return count
 
     def finish(self) -> None:
         """Read to the end, and end the thread."""
-        while self._piece or self.read(_READ):
-            self._piece = memoryview(b"")
-            if not self._thread.is_alive() and self._queue.empty():
-                break
+        while self.read(_READ):
+            pass
         self._thread.join()
 
 
@@ -153,23 +154,21 @@ def by_thread(module: Any, data: bytes, target: Path) -> None:
 
 def by_system(data: bytes, option: str, target: Path) -> None:
     """Unpack with the system's tar, from a pipe."""
-    subprocess.run(["tar", option, "-xf", "-", "-C", str(target)], input=data, check=True)
+    subprocess.run(["tar", option, "-xf", "-", "-C", str(target)], input=data, check=True)  # noqa: S607 - on PATH
 
 
 def by_zipfile(data: bytes, target: Path) -> None:
     """Unpack with ``zipfile``."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        archive.extractall(target)
+        archive.extractall(target)  # noqa: S202 - our own
 
 
 def ours(module: Any, data: bytes, form: str, target: Path) -> None:
     """Unpack with the library, by this zlib."""
-    stream, before = io.BytesIO(data), codecs.zlib_module
+    stream, before, spool = io.BytesIO(data), codecs.zlib_module, Path(f"{target}.spool")
     codecs.zlib_module = lambda: module
     try:
-        unpack(
-            stream, target, name=f"m.{form}", model="m", size=len(data), grow=lambda _: None, spool=Path(f"{target}.spool")
-        )
+        unpack(stream, target, name=f"m.{form}", model="m", size=len(data), grow=lambda _: None, spool=spool)
     finally:
         codecs.zlib_module = before
 
@@ -202,16 +201,14 @@ def modules() -> dict[str, Any]:
     return found
 
 
-def measure(
-    title: str, data: bytes, files: Mapping[str, bytes], works: Mapping[str, Callable[[Path], None]], count: int, folder: Path
-) -> None:
+def measure(title: str, files: Mapping[str, bytes], works: Works, count: int, folder: Path) -> None:
     """Print one table; rows called ``decode ...`` make no folder and are what the others are compared with."""
     rows = {
         name: lambda name=name, work=work: timed(work, folder, None if name.startswith("decode") else files)
         for name, work in works.items()
     }
     peers = [name for name in works if name.startswith("decode")]
-    table(f"{title}: {len(data) / 1e6:.0f} MB", rounds(rows, count), "ms", peers)
+    table(title, rounds(rows, count), "ms", peers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{machine()}; load {os.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for form, rows in works.items():
-            measure(form, data[form], files, rows, options.rounds, Path(folder))
+            measure(f"{form}, {len(data[form]) / 1e6:.0f} MB", files, rows, options.rounds, Path(folder))
     return 0
 
 

@@ -5,12 +5,10 @@ Inputs that broke a rule are kept in ``build/fuzz``. The same seed and number ma
 
 import argparse
 import collections
-import os
-import tempfile
 import time
 from pathlib import Path
 
-from tests.support.fuzzing import Outcome, check_all
+from tests.support.fuzzing import Outcome, check_all, quick_folder
 
 
 def main() -> int:
@@ -23,10 +21,9 @@ def main() -> int:
     fared: collections.Counter[tuple[str, str]] = collections.Counter()
     begin = time.monotonic()
     kept = Path("build/fuzz")
-    memory = Path("/dev/shm")  # noqa: S108 - a disk takes ten times as long
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    with quick_folder() as folder:
         numbers = range(options.start, options.start + options.count)
-        for number, made, outcome in check_all(Path(folder, "bench"), options.seed, numbers):
+        for number, made, outcome in check_all(folder / "bench", options.seed, numbers):
             if isinstance(outcome, Outcome):
                 fared[made.kind, outcome.error[0] if outcome.error else "unpacked"] += 1
                 continue

@@ -3,7 +3,10 @@
 Inputs are made in ``mutating``; ``fuzz/test_fuzz`` runs some hundred of them, ``make fuzz`` a hundred thousand.
 """
 
+import contextlib
+import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,14 @@ class Outcome:
     error: tuple[str, str, str | None] | None = None
 
 
+@contextlib.contextmanager
+def quick_folder() -> Iterator[Path]:
+    """Give a temporary folder in memory, where there is such: a disk takes ten times as long."""
+    memory = Path("/dev/shm")  # noqa: S108 - no fixed name in it
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
 def decoders() -> dict[str, Any]:
     """Return the zlib modules that are there, by name."""
     found: dict[str, Any] = {"zlib": zlib}
@@ -50,15 +61,19 @@ def attempt(folder: Path, data: bytes, name: str) -> Outcome:
         Exception: any error that is not one of the two an archive may have.
     """
     bench = Bench(folder)
+    refused: ArtifactCorrupt | UnsafeArtifact | None = None
+    outcome = Outcome()
     try:
         bench.unpack(data, name, stream=Bytes(data))
     except (ArtifactCorrupt, UnsafeArtifact) as error:
-        assert error.model == "fraud"
-        assert str(error).isprintable()
-        assert str(error).isascii()
-        outcome = Outcome(error=(type(error).__name__, str(error), error.member))
+        refused = error
     else:
         outcome = Outcome(content(bench.target))
+    if refused is not None:
+        assert refused.model == "fraud"
+        assert str(refused).isprintable()
+        assert str(refused).isascii()
+        outcome = Outcome(error=(type(refused).__name__, str(refused), refused.member))
     assert bench.stream.ended
     there = list(bench.target.rglob("*"))
     assert len(there) <= LIMITS.members

@@ -31,7 +31,15 @@ _SMALL = {"m.json": b"{}", "d/w.bin": bytes(range(256)) * 3, "d/empty": b"", "z"
 _NUMBERS = (0, 1, 7, 255, 256, 511, 512, 513, 4095, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**33, 2**63 - 1, 2**63)
 _NAMES = (b"../x", b"/etc/x", b"a/../../x", b"", b".", b"..", b"d", b"d/w.bin", b"m.json", b"l", b"l/x", b"x" * 300)
 _NAMES += (b"\xff\xfe", b"a\0b", b"C:\\x", b"..\\x", b"a\nb", "\u00e9".encode(), b"d/./w.bin", b"d//w.bin", b"d/")
-_PAX = (b"path=../x", b"size=5", b"size=-1", b"size=99999999999999", b"linkpath=/etc", b"path=d/y", b"GNU.sparse.major=1")
+_PAX = (
+    b"path=../x",
+    b"size=5",
+    b"size=-1",
+    b"size=99999999999999",
+    b"linkpath=/etc",
+    b"path=d/y",
+    b"GNU.sparse.major=1",
+)
 _PAX += (b"hdrcharset=BINARY", b"size=1_0", b"path=", b"mtime=1.5", b"size=" + b"9" * 400)
 
 

@@ -303,6 +303,7 @@ def test_f075_zip_from_a_pipe(shop: Shop, tmp_path: Path) -> None:
     assert shop.get(made.stdout, "m.zip") == {"precious": b"untouched"}
 
 
+@pytest.mark.timeout(60)
 def test_f076_a_million_members(shop: Shop) -> None:
     """F076: more than 100,000 members are refused by default, within seconds; a zip's before one is written."""
     block = bytearray(tar([link(" " * 6, "l")], tarfile.USTAR_FORMAT)[:512])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from modelcache.archives import unpacking
+from tests.fuzz.__main__ import fuzz
 from tests.support.archives import header, link, member, tar
 from tests.support.fuzzing import LIMITS, Outcome, check, check_all, quick_folder
 from tests.support.mutating import Input
@@ -43,6 +44,13 @@ def test_slice() -> None:
             assert isinstance(outcome, Outcome), f"{number}, {made.kind}: {outcome!r}"
             fared[outcome.error is None] += 1
     assert min(fared.values()) > 50  # else the mutator has grown too wild, or too tame
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(3600)
+def test_all() -> None:
+    """A hundred thousand of them; ``python -m tests.fuzz`` takes a seed and a count."""
+    assert fuzz(seed=1, numbers=range(100_000)) == 0
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -19,13 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import pytest
 
 from tests.support.archives import FILES, entry, gz, link, member, overlapping_zip, tar, zip_entries, zip_of
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
-    from backports import zstd
+    zstd = pytest.importorskip("backports.zstd")
 
 _SMALL = {"m.json": b"{}", "d/w.bin": bytes(range(256)) * 3, "d/empty": b"", "z": bytes(3000)}
 _NUMBERS = (0, 1, 7, 255, 256, 511, 512, 513, 4095, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**33, 2**63 - 1, 2**63)

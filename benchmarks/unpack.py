@@ -4,7 +4,9 @@
 
 One artifact of float weights and some small files, as tar.gz (gzip -6), as zip and as tar.zst. Rows are measured in
 turns; the ratio is to decoding the same bytes and throwing the result away, by the same decoder, in the same round.
-Nothing is synced. Every folder is compared with what was packed, outside the measured time.
+Processor time, which a busy
+machine changes less, has a table of its own. Nothing is synced. Every folder is compared with what was packed, outside
+the measured time.
 """
 
 import argparse
@@ -173,18 +175,29 @@ def ours(module: Any, data: bytes, form: str, target: Path) -> None:
         codecs.zlib_module = before
 
 
-def timed(work: Callable[[Path], None], folder: Path, files: Mapping[str, bytes] | None) -> float:
-    """Return milliseconds of ``work`` into an empty folder; with ``files`` that is what must be there then."""
+def timed(
+    work: Callable[[Path], None], folder: Path, files: Mapping[str, bytes] | None, processors: list[float]
+) -> float:
+    """Return milliseconds of ``work`` into an empty folder; with ``files`` that is what must be there then.
+
+    Milliseconds of processor time, children's included, are appended to ``processors``.
+    """
     target = folder / "target"
     target.mkdir()
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), _used()
     work(target)
-    taken = time.perf_counter() - begin
+    taken, used = time.perf_counter() - begin, _used() - used
     if files is not None:
         for name, data in files.items():
             assert (target / name).read_bytes() == data, name
     shutil.rmtree(target)
+    processors.append(used * 1000)
     return taken * 1000
+
+
+def _used() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def modules() -> dict[str, Any]:
@@ -203,12 +216,14 @@ def modules() -> dict[str, Any]:
 
 def measure(title: str, files: Mapping[str, bytes], works: Works, count: int, folder: Path) -> None:
     """Print one table; rows called ``decode ...`` make no folder and are what the others are compared with."""
+    used: dict[str, list[float]] = {name: [] for name in works}
     rows = {
-        name: lambda name=name, work=work: timed(work, folder, None if name.startswith("decode") else files)
+        name: lambda name=name, work=work: timed(work, folder, None if name.startswith("decode") else files, used[name])
         for name, work in works.items()
     }
     peers = [name for name in works if name.startswith("decode")]
     table(title, rounds(rows, count), "ms", peers)
+    table(f"{title}, processor time", {name: times[1:] for name, times in used.items()}, "ms", peers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

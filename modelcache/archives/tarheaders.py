@@ -95,6 +95,8 @@ class Headers:
             payload = self._payload(info)
             if kind == _GLOBAL:
                 self._global.update(self._records(payload, info.name))
+                if self._global.pop("size", None):  # readers disagree on where the next header is
+                    raise self._corrupt("a PAX header that gives all members one size", info.name)
             else:
                 found = self._records(payload, info.name) if kind in _PAX else self._long_name(kind, payload)
                 if records.keys() & found.keys():  # GNU tar believes the last, others the first

@@ -19,9 +19,9 @@ def _long(text: bytes, size: int, kind: bytes = b"L") -> bytes:
     return header(_LONG, b"%011o" % size, kind) + text.ljust(512, b"\0")
 
 
-def _record(text: bytes) -> bytes:
+def _record(text: bytes, kind: bytes = b"x") -> bytes:
     """Return a PAX header of one record."""
-    return header(b"pax", b"%011o" % len(text), b"x") + text.ljust(512, b"\0")
+    return header(b"pax", b"%011o" % len(text), kind) + text.ljust(512, b"\0")
 
 
 _END = bytes(1024)
@@ -30,6 +30,7 @@ FOUND = {
     "empty long name": header(_LONG, kind=b"L") + header(b"m") + _END,
     "two long names": _long(b"a", 1) + _long(b"b", 1) + header(b"m") + _END,
     "long name and PAX path": _long(b"a", 1) + _record(b"9 path=b\n") + header(b"m") + _END,
+    "one size for all members": _record(b"9 size=5\n", b"g") + header(b"m") + header(b"n") + _END,
     "NUL inside a long name": _long(b"a\0b", 4) + header(b"m") + _END,
     "NUL inside a PAX header": _record(b"9 path=b\n\0\n9 path=c\n") + header(b"m") + _END,
 }

@@ -79,7 +79,6 @@ class Headers:
         self._job = job
         self._take = take
         self._offset = offset
-        self._global: dict[str, str] = {}
         self._long = 0
 
     def next(self, block: bytes) -> Member:
@@ -94,9 +93,8 @@ class Headers:
         while (kind := block[156:157]) in _LONG or kind in _PAX or kind == _GLOBAL:
             payload = self._payload(info)
             if kind == _GLOBAL:
-                self._global.update(self._records(payload, info.name))
-                if self._global.pop("size", None):  # readers disagree on where the next header is
-                    raise self._corrupt("a PAX header that gives all members one size", info.name)
+                if any(self._records(payload, info.name).values()):  # readers disagree on what that means
+                    raise self._corrupt("a PAX header that gives all members one name or size", info.name)
             else:
                 found = self._records(payload, info.name) if kind in _PAX else self._long_name(kind, payload)
                 if records.keys() & found.keys():  # GNU tar believes the last, others the first
@@ -104,7 +102,7 @@ class Headers:
                 records.update(found)
             block = self._take(HEADER)
             info = self._parse(block)
-        return self._member(info, kind, {**self._global, **records})
+        return self._member(info, kind, records)
 
     def _parse(self, block: bytes) -> tarfile.TarInfo:
         try:
@@ -152,7 +150,7 @@ class Headers:
         return known
 
     def _member(self, info: tarfile.TarInfo, kind: bytes, records: Mapping[str, str]) -> Member:
-        long = records.get("path")  # an empty record takes an earlier one back
+        long = records.get("path")  # an empty record is none
         name = long or info.name
         what = _TYPES.get(kind)
         if what is None:

@@ -500,14 +500,18 @@ class TestEnds:
         refused(bench, head + header() + bytes(1024), ArtifactCorrupt)
 
     def test_pax_size(self, bench: Bench) -> None:
-        """A size in a PAX header counts, and an empty record takes a global one back."""
-        pax = b"10 size=3\n".ljust(512, b"\0")
-        everyone = b"13 path=all\n\n"
-        members = header(size=b"%011o" % 13, kind=b"g") + everyone.ljust(512, b"\0")
-        members += header(size=b"%011o" % 10, kind=b"x") + pax + header(b"m") + b"abc".ljust(512, b"\0")
+        """A size in a PAX header counts, and an empty record is none."""
+        members = header(size=b"%011o" % 10, kind=b"x") + b"10 size=3\n".ljust(512, b"\0")
+        members += header(b"m") + b"abc".ljust(512, b"\0")
         members += header(size=b"%011o" % 8, kind=b"x") + b"8 path=\n".ljust(512, b"\0") + header(b"n")
         bench.unpack(members + bytes(512), "m.tar")
-        assert files(bench.target) == {"all\n": b"abc", "n": b""}
+        assert files(bench.target) == {"m": b"abc", "n": b""}
+
+    @pytest.mark.parametrize("text", [b"12 path=all\n", b"16 linkpath=all\n", b"10 size=3\n"])
+    def test_pax_for_all(self, bench: Bench, text: bytes) -> None:
+        """A header that gives all members one path, link or size is corrupt: no two readers agree on it."""
+        everyone = header(size=b"%011o" % len(text), kind=b"g") + text.ljust(512, b"\0")
+        refused(bench, everyone + header(b"m") + bytes(1024), ArtifactCorrupt)
 
     def test_sources_error_passes(self, bench: Bench) -> None:
         """What the stream raises passes through; where content looks corrupt, the source's word on the bytes wins."""

@@ -73,7 +73,7 @@ def _tars() -> list[bytes]:
     ]
     forms = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
     made = [tar(rich, form) for form in forms] + [tar(plain, tarfile.USTAR_FORMAT)]
-    return [*made, tar(plain, pax_headers={"comment": "all", "path": "everyone"})]
+    return [*made, tar(plain, pax_headers={"comment": "all"})]
 
 
 def _zips() -> list[bytes]:
@@ -304,8 +304,8 @@ def _tar_reference(made: Input) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(decode[made.kind](made.data)), mode="r:") as archive:
         for info in archive:
-            if not _path(info.name):
-                continue  # an empty PAX record, which takes an earlier one back: not to tarfile
+            if not info.name:
+                raise ValueError("an empty PAX record: it is none, but not to tarfile")
             if info.isreg() and (file := archive.extractfile(info)) is not None:
                 found[_path(info.name)] = file.read()
             else:

@@ -661,6 +661,14 @@ class TestZip:
         bench.unpack(overlapping_zip(1, 1000), "m.zip")
         assert files(bench.target) == {"m": bytes(1000)}
 
+    def test_quoted(self, bench: Bench) -> None:
+        """An entry whose data reaches into the next entry is refused, as one that reaches into the directory."""
+        data = zip_of({"a": b"1" * 50, "b": b"2" * 50}, zipfile.ZIP_STORED)
+        for at in (data.index(b"PK\x01\x02"), data.rindex(b"PK\x01\x02")):
+            changed = bytearray(data)
+            struct.pack_into("<LL", changed, at + 20, 51, 51)
+            assert "overlaps" in refused(bench, bytes(changed), name="m.zip")
+
     def test_streamed(self, bench: Bench) -> None:
         """A zip written to a pipe, with data descriptors, is honest."""
 

@@ -241,6 +241,30 @@ class TestAhead:
                 patch.setattr(ThreadPoolExecutor, "submit" if late else "_adjust_thread_count", refuse)
                 assert begin + b"".join(iter(content.read, b"")) == data
 
+    def test_no_thread_at_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where a thread could be started a little later, no step is run twice."""
+        start, tried = ThreadPoolExecutor._adjust_thread_count, 0
+
+        def refuse_once(pool: ThreadPoolExecutor) -> None:
+            nonlocal tried
+            tried += 1
+            if tried == 1:
+                raise RuntimeError("can't start new thread")
+            start(pool)
+
+        monkeypatch.setattr(ThreadPoolExecutor, "_adjust_thread_count", refuse_once)
+        data = os.urandom(3 << 20)
+        with self.decoded(Bytes(gz(data))) as content:
+            assert b"".join(iter(content.read, b"")) == data
+
+    def test_member_ends_late(self) -> None:
+        """Input that a decoder had for long before it ended, and did not use, goes to the next one."""
+        long, short = bytes(3 << 20), os.urandom(5000)
+        packed = gz(long)
+        assert len(packed) < 4000
+        with self.decoded(Bytes(packed + gz(short), step=4096)) as content:
+            assert b"".join(iter(content.read, b"")) == long + short
+
     @pytest.mark.parametrize("error", [SourceUnavailable("gone"), KeyboardInterrupt(), ValueError("closed")])
     def test_source_fails(self, error: BaseException, bench: Bench) -> None:
         """What the source raises, a cancelled fetch included, ends the thread and passes through."""

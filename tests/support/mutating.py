@@ -203,10 +203,12 @@ def _tar_fields(dice: random.Random, data: bytes) -> bytes:
     blocks = [data[at : at + 512] for at in range(0, len(data), 512)]
     heads = [number for number, block in enumerate(blocks) if block[257:262] == b"ustar"]
     for _ in range(dice.choice((1, 1, 2, 4))):
-        at = dice.choice(heads)
+        at, what = dice.choice(heads), dice.randrange(8)
+        if what == 1:
+            at = dice.choice([number for number in heads if blocks[number][156:157] in (b"1", b"2")] or heads)
         block = bytearray(blocks[at].ljust(512, b"\0"))
-        match dice.randrange(7):
-            case 0:
+        match what:
+            case 0 | 7:
                 block[0:100] = dice.choice(_NAMES)[:100].ljust(100, b"\0")
             case 1:
                 block[157:257] = dice.choice(_NAMES)[:100].ljust(100, b"\0")

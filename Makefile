@@ -10,7 +10,7 @@ ARGS ?=
 
 export UV_PYTHON_DOWNLOADS := never
 .DEFAULT_GOAL := help
-.PHONY: help env install test stress coverage demo lint format types docs bench clean
+.PHONY: help env install test stress fuzz coverage demo lint format types docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,13 +35,16 @@ install: .venv/env.stamp
 	$(INSTALL) --reinstall-package modelcache --no-deps dist/modelcache-*.whl
 
 test: install ## build the wheel, test it here, then its quick part on every other Python 3.11 to 3.13
-	$(PY) tests/run.py --uv $(UV) --marks 'not slow' --others -- $(ARGS)
+	$(PY) tests/run.py --uv $(UV) --marks 'not slow and not fuzz' --others -- $(ARGS)
 
 stress: install ## the slow tests: minutes
 	$(PY) tests/run.py --uv $(UV) --marks slow -- --timeout=600 $(ARGS)
 
+fuzz: install ## a hundred thousand damaged archives: minutes
+	$(PY) tests/run.py --uv $(UV) --marks fuzz -- --capture=no $(ARGS)
+
 coverage: .venv/env.stamp ## test the tree and print the lines and branches that were missed
-	$(PY) -m pytest -m 'not slow' --cov --cov-report=term-missing $(ARGS)
+	$(PY) -m pytest -m 'not slow and not fuzz' --cov --cov-report=term-missing $(ARGS)
 
 demo: install .venv/demo.stamp ## 30 models, a server and its threshold, in a terminal
 	$(PY) docs/examples/demo/run.py $(ARGS)

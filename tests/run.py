@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.11", "3.12", "3.13")
-QUICK = "not slow and not servers"
+QUICK = "not slow and not servers and not fuzz"
 QUICK_ARGUMENTS = [f"--ignore=tests/{folder}" for folder in ("interleave", "faults", "stress")]
 """What other Pythons run, beside what QUICK marks: behaviour, contracts and properties, a minute or two each."""
 

@@ -1,22 +1,34 @@
 """The stored bytes of one file, counted, and their decoded content: gzip and zstd undone as it streams.
 
-Covers multi-member gzip and zstd, padding between and after them, damage, and bounded memory: a read gives at
-most what was asked for, whatever the compression ratio. What the content means is in ``tar``; the rule for
-bytes after the end is in the package's docstring.
+Covers multi-member gzip and zstd, padding between and after them, damage, bounded memory, and decoding on a thread
+of its own beside reading and writing. What the content means is in ``tar``, one member's decoder in ``codecs``;
+the rule for bytes after the end is in the package's docstring.
 """
 
-import io
-import sys
-import zlib
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Protocol, Self
 
-from modelcache.archives.job import Job, shown
-from modelcache.archives.sniff import GZIP_MAGIC, ZSTD_MAGIC, Kind
-from modelcache.errors import ConfigError
+import attrs
 
-_READ = 64 * 1024
-_PIECE = 1024  # of zstd input: 1 KiB makes at most 32 MiB of output, and zstandard can't be told to stop earlier
+from modelcache.archives.codecs import Codec, Engine
+from modelcache.archives.job import Job
+
+READ = 256 * 1024
+"""Stored bytes read at a time."""
+PIECE = 256 * 1024
+"""Decoded bytes made at a time, at most: more would be mapped anew each time, which costs more than decoding."""
+_STEP = 1024 * 1024  # decoded bytes of one step on the thread, at most
+_AHEAD = 3  # steps under way or waiting to be used
+ALONE = 1024 * 1024
+"""Stored bytes below which a thread of its own brings nothing."""
+_BITE = 4096  # stored bytes given to a new decoder first, which may end at once and hand them back
 _MAGIC_SIZE = 4
+_SMALL = 1024  # stored bytes of a gzip member or zstd frame; no packer makes them smaller throughout
+_SHOWN = 16
 
 
 class Readable(Protocol):
@@ -28,17 +40,12 @@ class Readable(Protocol):
 
 
 class Source:
-    """The stored bytes, with a look ahead.
-
-    Attributes:
-        offset: bytes given out so far.
-    """
+    """The stored bytes, with a look ahead."""
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
         self._head = b""
         self._ended = False
-        self.offset = 0
 
     def peek(self, size: int) -> bytes:
         """Return the next ``size`` bytes, fewer at the end, without giving them out."""
@@ -52,17 +59,15 @@ class Source:
 
     def read(self, size: int) -> bytes:
         """Return up to ``size`` bytes; ``b""`` only once the stream itself has ended."""
-        if self._head:
-            piece, self._head = self._head[:size], self._head[size:]
-        else:
-            piece = self._pull(size)
-        self.offset += len(piece)
+        if not self._head:
+            return self._pull(size)
+        piece, self._head = self._head[:size], self._head[size:]
         return piece
 
     def drain(self) -> None:
         """Read on to the end, so that the source checks the bytes; nothing where it already raised."""
         self._head = b""
-        while self._pull(_READ):
+        while self._pull(READ):
             pass
 
     def _pull(self, size: int) -> bytes:
@@ -74,182 +79,229 @@ class Source:
         return piece
 
 
-class Engine(Protocol):
-    """The decoder of one gzip member or zstd frame."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the end was reached and its checksum found right."""
-        ...
-
-    @property
-    def rest(self) -> bytes:
-        """Input that was fed but not used; after the end, what follows it."""
-        ...
-
-    def feed(self, data: bytes, /) -> None:
-        """Take more input; only once ``decode`` gave nothing."""
-        ...
-
-    def decode(self, size: int, /) -> bytes:
-        """Return up to ``size`` bytes; ``b""`` where there is no more without more input."""
-        ...
+class _Damage(Exception):
+    """What is wrong with the data; its cause is what the decoder raised."""
 
 
-class _Gzip:
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=31)  # 31: a gzip header, and its CRC and length at the end
-        self._data = b""
-
-    @property
-    def ended(self) -> bool:
-        return self._zlib.eof
-
-    @property
-    def rest(self) -> bytes:
-        return self._zlib.unused_data if self._zlib.eof else self._data
-
-    def feed(self, data: bytes) -> None:
-        self._data += data
-
-    def decode(self, size: int) -> bytes:
-        if self._zlib.eof:
-            return b""
-        out = self._zlib.decompress(self._data, size)
-        self._data = self._zlib.unconsumed_tail
-        return out
+class _TooMany(_Damage):
+    """Nothing is wrong but that it would take for ever."""
 
 
-class _Zstd:
-    """By the standard library (3.14 and later) or the ``zstandard`` package, which can't limit its output."""
-
-    def __init__(self, decompressor: Any, *, bounded: bool) -> None:
-        self._zstd = decompressor
-        self._bounded = bounded
-        self._data = b""
-        self._at = 0
-        self._out = memoryview(b"")
-
-    @property
-    def ended(self) -> bool:
-        return bool(self._zstd.eof) and not self._out
-
-    @property
-    def rest(self) -> bytes:
-        return bytes(self._zstd.unused_data) + self._data[self._at :]
-
-    def feed(self, data: bytes) -> None:
-        self._data, self._at = self._data[self._at :] + data, 0
-
-    def decode(self, size: int) -> bytes:
-        while not self._out and not self._zstd.eof and (self._at < len(self._data) or self._more()):
-            piece = self._data[self._at :] if self._bounded else self._data[self._at : self._at + _PIECE]
-            self._at += len(piece)
-            limit = (size,) if self._bounded else ()
-            self._out = memoryview(self._zstd.decompress(piece, *limit))
-        out = bytes(self._out[:size])
-        self._out = self._out[size:]
-        return out
-
-    def _more(self) -> bool:
-        """Whether output is waiting that an earlier limit held back."""
-        return self._bounded and not self._zstd.needs_input
-
-
-def _load_zstd(model: str) -> tuple[Any, type[Exception]]:
-    """Return a maker of zstd engines and the error they raise."""
-    if sys.version_info >= (3, 14):
-        try:
-            from compression import zstd  # noqa: PLC0415 - Python may be built without it
-        except ImportError:
-            pass
-        else:
-            return lambda: _Zstd(zstd.ZstdDecompressor(), bounded=True), zstd.ZstdError
-    try:
-        import zstandard  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        text = f"model {shown(model)} is zstd-compressed, which this Python can't read: install modelcache[zstd]"
-        raise ConfigError(text, model=model, setting="zstd") from error
-    decompressor = zstandard.ZstdDecompressor()
-    return lambda: _Zstd(decompressor.decompressobj(), bounded=False), zstandard.ZstdError
-
-
-class Decoded(io.RawIOBase):
-    """The decoded content of a source, as a raw file to be read once.
+@attrs.frozen
+class _Step:
+    """What one step of decoding gave.
 
     Attributes:
-        member: what is being read, for errors.
+        pieces: decoded bytes, in order.
+        used: stored bytes used so far.
+        hungry: whether there is no more without more input; with all input there, whether this is the end.
+        damage: what is wrong behind the pieces.
     """
 
-    def __init__(self, source: Source, job: Job, kind: Kind) -> None:
-        self.member: str | None = None
-        self._source = source
-        self._job = job
-        self._kind = kind
-        self._rest = b""
+    pieces: list[bytes]
+    used: int
+    hungry: bool
+    damage: _Damage | None
+
+
+_Pending = Callable[[], _Step]
+
+
+class _Undoing:
+    """Gzip members or zstd frames, one after the other: stored bytes in, decoded bytes out, no I/O."""
+
+    def __init__(self, codec: Codec, limit: int) -> None:
+        self._codec = codec
+        self._limit = limit
         self._engine: Engine | None = None
-        self._make: Any = _Gzip
-        self._errors: tuple[type[Exception], ...] = (zlib.error,)
-        self._magic = GZIP_MAGIC
-        if kind is Kind.ZSTD:
-            self._make, error = _load_zstd(job.model)
-            self._errors, self._magic = (error,), ZSTD_MAGIC
+        self._started = 0
+        self._data = b""
+        self._at = 0  # of the first byte in it that is not fed to an engine yet
+        self._all = False
+        self._used = 0
+        self._bite = _BITE
+        self._damage: _Damage | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether there is nothing to undo."""
-        return self._kind is Kind.TAR
+    def step(self, more: bytes | None, size: int) -> _Step:
+        """Decode at most ``size`` bytes, and one piece beyond.
 
-    @property
-    def offset(self) -> int:
-        """Stored bytes used so far: where damage is, or a little after it."""
-        return self._source.offset - len(self._rest if self._engine is None else self._engine.rest)
-
-    def readable(self) -> bool:
-        """Return True, as files do."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` with decoded bytes; 0 once both content and stored bytes have ended.
-
-        Raises:
-            ArtifactCorrupt: cut off, damaged, or followed by something else than zeros.
-            UnsafeArtifact: a decompression bomb.
+        Args:
+            more: further input, ``b""`` at its end; None where there is enough.
+            size: in bytes.
         """
-        data = self._source.read(len(buffer)) if self.plain else self._decode(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        if more is not None:
+            self._all = not more
+            self._data, self._at = self._data[self._at :] + more, 0
+        pieces: list[bytes] = []
+        made, hungry = 0, False
+        try:
+            while made < size and not hungry:
+                if piece := self._decode():
+                    pieces.append(piece)
+                    made += len(piece)
+                else:
+                    hungry = True
+        except _Damage as damage:
+            self._damage = damage
+        return _Step(pieces, self._used, hungry, self._damage)
 
-    def _decode(self, size: int) -> bytes:
+    def _decode(self) -> bytes:
+        """Return the next piece; ``b""`` where there is none without more input."""
+        if self._damage is not None:
+            raise self._damage
         while (engine := self._engine or self._start()) is not None:
             try:
-                data = engine.decode(size)
-            except self._errors as error:
-                raise self._corrupt(f"damaged {self._kind.value} data") from error
-            if data:
-                self._job.count(len(data), self.member)
-                return data
+                piece = engine.decode(PIECE)
+            except self._codec.errors as error:
+                raise _Damage(self._codec.damage) from error
+            if piece:
+                return piece
             if engine.ended:
-                self._rest, self._engine = engine.rest, None
-            elif more := self._source.read(_READ):
-                engine.feed(more)
+                self._end(engine.rest)
+            elif self._at < len(self._data):
+                engine.feed(self._take(self._bite))
+                self._bite = min(8 * self._bite, READ)
+            elif self._all:
+                raise _Damage(f"cut off: the {self._codec.name} data has no end") from EOFError("end of stream")
             else:
-                raise self._corrupt(f"cut off: the {self._kind.value} data has no end") from EOFError("end of stream")
+                break
         return b""
 
     def _start(self) -> Engine | None:
-        """Begin the next gzip member or zstd frame; None at the end of the stored bytes."""
-        self._rest = self._rest.lstrip(b"\0")
-        while len(self._rest) < _MAGIC_SIZE and (more := self._source.read(_READ)):
-            self._rest = (self._rest + more).lstrip(b"\0")
-        if not self._rest:
+        """Begin the next gzip member or zstd frame; None where there is none, or none yet."""
+        if self._started:
+            self._skip_zeros()
+        left = len(self._data) - self._at
+        if not left or (left < _MAGIC_SIZE and not self._all):
             return None
-        if not self._magic.match(self._rest):
-            raise self._corrupt(f"{self._rest[:16]!a} follows the end of the {self._kind.value} data")
-        engine: Engine = self._make()
-        engine.feed(self._rest)
-        self._engine, self._rest = engine, b""
-        return engine
+        if self._started and not self._codec.magic.match(self._data, self._at):
+            found = self._data[self._at : self._at + _SHOWN]
+            raise _Damage(f"{found!a} follows the end of the {self._codec.name} data")
+        self._started += 1
+        if self._started > self._limit and self._started * _SMALL > self._used:
+            raise _TooMany(f"more than {self._limit} {self._codec.name} members of less than {_SMALL} bytes")
+        self._bite = _BITE
+        self._engine = self._codec.start()
+        return self._engine
 
-    def _corrupt(self, what: str) -> Exception:
-        return self._job.corrupt(what, self.member, self.offset)
+    def _end(self, rest: bytes) -> None:
+        """Leave the engine, and take back what it did not use."""
+        self._engine = None
+        self._used -= len(rest)
+        if len(rest) <= self._at:
+            self._at -= len(rest)
+        else:
+            self._data, self._at = rest + self._data[self._at :], 0
+
+    def _take(self, size: int) -> bytes:
+        data = self._data[self._at : self._at + size]
+        self._at += len(data)
+        self._used += len(data)
+        return data
+
+    def _skip_zeros(self) -> None:
+        while bite := self._take(_BITE):
+            if kept := len(bite.lstrip(b"\0")):
+                self._at -= kept
+                self._used -= kept
+                break
+
+
+class Decoded:
+    """The decoded content of a source, to be read once, piece by piece.
+
+    Concurrency: one thread reads. Of all but small files the decoding runs on a thread of its own, some steps ahead.
+    That thread only computes: the source is read, and all errors raised, on the reading thread, and :meth:`close`
+    waits for one step, some milliseconds.
+
+    Args:
+        source: the stored bytes.
+        job: for limits and errors.
+        codec: how they are undone; None where there is nothing to undo.
+        size: how many stored bytes there are, about.
+        base: where in the stored file they begin.
+
+    Attributes:
+        member: what is being read, for errors.
+        offset: where in the stored file we are, or a little further: where damage is.
+    """
+
+    def __init__(self, source: Source, job: Job, codec: Codec | None, size: int, base: int = 0) -> None:
+        self.member: str | None = None
+        self.offset = self._base = base
+        self._source = source
+        self._job = job
+        self._pieces: deque[bytes] = deque()
+        self._steps: deque[_Pending] = deque()
+        self._hungry = True
+        self._all = False
+        self._undoing = None if codec is None else _Undoing(codec, job.limits.frames)
+        threaded = codec is not None and size >= ALONE
+        self._pool = ThreadPoolExecutor(1, "modelcache-decoder") if threaded else None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether there is something to undo."""
+        return self._undoing is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread; steps that have not begun are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def read(self) -> bytes:
+        """Return the next decoded bytes; ``b""`` once both content and stored bytes have ended.
+
+        Raises:
+            ArtifactCorrupt: cut off, damaged, or followed by something else than zeros.
+            UnsafeArtifact: a decompression bomb, or more in all than we take.
+        """
+        if self._undoing is None:
+            data = self._source.read(READ)
+            self.offset += len(data)
+        else:
+            while not self._pieces and self._advance(self._undoing):
+                pass
+            data = self._pieces.popleft() if self._pieces else b""
+        self._job.count(len(data), self.member)
+        return data
+
+    def _advance(self, undoing: _Undoing) -> bool:
+        """Take what the next step gave; False at the end."""
+        self._send(undoing)
+        if not self._steps:
+            return False
+        step = self._steps.popleft()()
+        self.offset, self._hungry = self._base + step.used, step.hungry
+        self._pieces.extend(step.pieces)
+        if isinstance(step.damage, _TooMany):
+            raise self._job.unsafe(str(step.damage), self.member)
+        if step.damage is not None and not step.pieces:
+            raise self._job.corrupt(str(step.damage), self.member, self.offset) from step.damage.__cause__
+        return True
+
+    def _send(self, undoing: _Undoing) -> None:
+        """Start further steps; once all input is there, one at a time, and none after the last."""
+        depth = 1 if self._pool is None else _AHEAD
+        while len(self._steps) < depth and not (self._all and (self._steps or self._hungry)):
+            more = self._source.read(READ) if self._hungry else None
+            self._all = self._all or more == b""
+            self._steps.append(self._submit(undoing, more))
+
+    def _submit(self, undoing: _Undoing, more: bytes | None) -> _Pending:
+        if self._pool is None:
+            return partial(undoing.step, more, PIECE)
+        try:
+            return self._pool.submit(undoing.step, more, _STEP).result
+        except RuntimeError:  # no thread to be had, or none any more since the interpreter is about to end
+            if not self._steps:
+                self._pool.shutdown(cancel_futures=True)  # it may have kept this step, to run it later
+            return partial(undoing.step, more, _STEP)

@@ -26,7 +26,11 @@ class Limits:
         path: bytes of a member's path, and of a link's goal: what Linux can open at all.
         part: bytes of one part of a path: what Linux file systems can store.
         depth: folders inside one another. Deleting a tree recurses and holds a descriptor a level.
+        file: bytes of one file, and what a header may claim of one. Two orders above today's biggest.
+        total: bytes of all files. How much disk there is stops an archive long before.
         header: bytes of one PAX or GNU long-name header of a tar, which has to be held in memory.
+        headers: bytes of all of these; each costs time, and nothing else would bound them.
+        frames: gzip members or zstd frames, unless they have 1 KiB or more on average: each takes time to begin.
         directory: bytes of a zip's directory, which has to be held in memory.
         floor: bytes that any archive may unpack to, however small it is as stored.
         ratio: how many times its stored size an archive may unpack to, above ``floor``. Sparse weights reach
@@ -37,7 +41,11 @@ class Limits:
     path: int = 4096
     part: int = 255
     depth: int = 128
+    file: int = 2**39
+    total: int = 2**40
     header: int = 2**20
+    headers: int = 128 * 2**20
+    frames: int = 10_000
     directory: int = 64 * 2**20
     floor: int = 2**30
     ratio: int = 200
@@ -77,6 +85,8 @@ class Job:
             UnsafeArtifact: the archive unpacks to far more than its stored size explains.
         """
         self.unpacked += size
+        if self.unpacked > self.limits.total:
+            raise self.unsafe(f"unpacks to more than {format_bytes(self.limits.total)}", member)
         if self.unpacked > self.limits.floor and self.unpacked > self.limits.ratio * self.size:
             raise self.unsafe(
                 f"unpacks to more than {format_bytes(self.limits.floor)} and {self.limits.ratio} times "

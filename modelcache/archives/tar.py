@@ -4,11 +4,10 @@ Covers the data of members and the end of the archive. Headers are in ``tarheade
 creation in ``writer``. The whole stream is read to its end, so that the source can check it.
 """
 
-import io
 from collections.abc import Iterator
 
-from modelcache.archives.decode import Decoded
-from modelcache.archives.job import CHUNK, Job
+from modelcache.archives.decode import PIECE, Decoded
+from modelcache.archives.job import Job
 from modelcache.archives.sniff import HEADER
 from modelcache.archives.tarheaders import Headers, Member, What
 from modelcache.archives.writer import Writer
@@ -39,28 +38,27 @@ def _write(member: Member, tar: "_Tar", writer: Writer) -> None:
     elif member.what is What.HARDLINK:
         writer.hardlink(member.name, member.goal)
     else:
-        with writer.file(member.name, program=member.program) as write:
+        with writer.file(member.name, program=member.program, size=member.size) as write:
             for data in tar.data(member.size):
                 write(data)
 
 
 class _Tar:
-    """The decoded bytes, taken in exact amounts."""
+    """The decoded bytes, taken in exact amounts; the data of files as views, never copied."""
 
     def __init__(self, decoded: Decoded, job: Job) -> None:
         self._decoded = decoded
-        self._file = io.BufferedReader(decoded, CHUNK)
         self._job = job
-        self._taken = 0
+        self._piece = memoryview(b"")
 
     def offset(self) -> int:
         """Return where we are in the stored file: exactly where it isn't compressed, else a little further."""
-        return self._taken if self._decoded.plain else self._decoded.offset
+        return self._decoded.offset - (0 if self._decoded.compressed else len(self._piece))
 
     def take(self, size: int) -> bytes:
         data = self._read(size)
         if len(data) < size:
-            raise self._corrupt("cut off") from EOFError("end of stream")
+            raise self._cut_off()
         return data
 
     def header(self) -> bytes:
@@ -70,25 +68,40 @@ class _Tar:
             raise self._corrupt("cut off: the tar has no end marker") from EOFError("end of stream")
         return block if block.strip(b"\0") else b""
 
-    def data(self, size: int) -> Iterator[bytes]:
+    def data(self, size: int) -> Iterator[memoryview]:
         """Give the data of one file, and pass over the padding behind it."""
         padding = -size % HEADER
         while size:
-            data = self.take(min(size, CHUNK))
+            if not (data := self._some(size)):
+                raise self._cut_off()
             size -= len(data)
             yield data
         self.take(padding)
 
     def finish(self) -> None:
         """Read what follows the end marker, which must be zeros."""
-        while data := self._read(CHUNK):
+        while data := bytes(self._some(PIECE)):
             if data.strip(b"\0"):
                 raise self._corrupt(f"{data.lstrip(bytes(1))[:16]!a} follows the end of the tar")
 
     def _read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._taken += len(data)
+        """Return ``size`` bytes, fewer at the end."""
+        data = bytes(self._some(size))
+        while len(data) < size and (more := self._some(size - len(data))):
+            data += more
         return data
+
+    def _some(self, size: int) -> memoryview:
+        """Return 1 to ``size`` bytes, none at the end."""
+        if not self._piece:
+            self._piece = memoryview(self._decoded.read())
+        data, self._piece = self._piece[:size], self._piece[size:]
+        return data
+
+    def _cut_off(self) -> Exception:
+        error = self._corrupt("cut off")
+        error.__cause__ = EOFError("end of stream")
+        return error
 
     def _corrupt(self, what: str) -> Exception:
         return self._job.corrupt(what, self._decoded.member, self.offset())

@@ -79,7 +79,7 @@ class Headers:
         self._job = job
         self._take = take
         self._offset = offset
-        self._global: dict[str, str] = {}
+        self._long = 0
 
     def next(self, block: bytes) -> Member:
         """Return the member whose first header is ``block``.
@@ -92,15 +92,17 @@ class Headers:
         info = self._parse(block)
         while (kind := block[156:157]) in _LONG or kind in _PAX or kind == _GLOBAL:
             payload = self._payload(info)
-            if kind in _LONG:
-                records[_LONG[kind]] = payload.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-            elif kind == _GLOBAL:
-                self._global.update(self._records(payload, info.name))
+            if kind == _GLOBAL:
+                if any(self._records(payload, info.name).values()):  # readers disagree on what that means
+                    raise self._corrupt("a PAX header that gives all members one name or size", info.name)
             else:
-                records.update(self._records(payload, info.name))
+                found = self._records(payload, info.name) if kind in _PAX else self._long_name(kind, payload)
+                if records.keys() & found.keys():  # GNU tar believes the last, others the first
+                    raise self._corrupt("two headers that say different things of one member", info.name)
+                records.update(found)
             block = self._take(HEADER)
             info = self._parse(block)
-        return self._member(info, kind, {**self._global, **records})
+        return self._member(info, kind, records)
 
     def _parse(self, block: bytes) -> tarfile.TarInfo:
         try:
@@ -114,13 +116,26 @@ class Headers:
     def _payload(self, info: tarfile.TarInfo) -> bytes:
         if info.size > self._job.limits.header:
             raise self._job.unsafe(f"a tar header over {self._job.limits.header} bytes", info.name)
-        return self._take(-(-info.size // HEADER) * HEADER)[: info.size]
+        self._long += HEADER + info.size
+        if self._long > self._job.limits.headers:
+            raise self._job.unsafe(f"tar headers over {self._job.limits.headers} bytes in all", info.name)
+        blocks = self._take(-(-info.size // HEADER) * HEADER)
+        if blocks[info.size :].strip(b"\0"):  # a size that lies: some would read on
+            raise self._corrupt("a long header that does not end where it says", info.name)
+        return blocks[: info.size]
+
+    def _long_name(self, kind: bytes, payload: bytes) -> dict[str, str]:
+        name = payload.rstrip(b"\0")
+        if not name or b"\0" in name:
+            raise self._corrupt("a damaged long name")
+        return {_LONG[kind]: name.decode("utf-8", "surrogateescape")}
 
     def _records(self, payload: bytes, member: str) -> dict[str, str]:
         """Return the records we know of a PAX header; others (times, macOS attributes) are passed over."""
         known: dict[str, str] = {}
         at = 0
-        while at < len(payload) and payload[at]:
+        payload = payload.rstrip(b"\0")
+        while at < len(payload):
             length = payload[at : at + 9].partition(b" ")[0]
             end = at + int(length) if length.isdigit() else 0
             key, equals, value = payload[at + len(length) + 1 : end - 1].partition(b"=")
@@ -135,7 +150,7 @@ class Headers:
         return known
 
     def _member(self, info: tarfile.TarInfo, kind: bytes, records: Mapping[str, str]) -> Member:
-        long = records.get("path")  # an empty record takes an earlier one back
+        long = records.get("path")  # an empty record is none
         name = long or info.name
         what = _TYPES.get(kind)
         if what is None:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+from modelcache.archives.codecs import codec_of
 from modelcache.archives.decode import Decoded, Readable, Source
 from modelcache.archives.job import CHUNK, Job, Limits
 from modelcache.archives.names import archive_suffix, has_suffix, single_name
@@ -69,7 +70,9 @@ def unpack(
         if kind is Kind.ZIP:
             unpack_zip(source, writer, job, spool, grow)
         else:
-            unpack_tar(Decoded(source, job, kind), writer, job)
+            codec = codec_of(kind, model)
+            with Decoded(source, job, codec, size) as decoded:
+                unpack_tar(decoded, writer, job)
         writer.finish()
     except (ArtifactCorrupt, UnsafeArtifact):
         source.drain()  # bytes damaged on the way are the source's error, and the better one
@@ -99,13 +102,16 @@ def _kind(source: Source, job: Job, name: str) -> Kind | None:
 
 def _begin(head: bytes, job: Job, kind: Kind, *, must: bool) -> bytes | None:
     """Return the first decoded bytes of ``head``; None where it is damaged, which unpacking will tell in full."""
-    decoded = Decoded(Source(io.BytesIO(head)), Job(job.model, job.size, job.limits), kind)
+    decoded = Decoded(Source(io.BytesIO(head)), Job(job.model, len(head), job.limits), codec_of(kind, job.model), 0)
+    begin = b""
     try:
-        return io.BufferedReader(decoded, HEADER).read(HEADER)
+        while len(begin) < HEADER and (piece := decoded.read()):
+            begin += piece
     except ArtifactCorrupt:
         if must:
             raise
         return None
+    return begin[:HEADER]
 
 
 def _write_single(source: Source, writer: Writer, name: str) -> str:

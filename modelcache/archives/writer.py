@@ -15,6 +15,7 @@ from pathlib import Path
 from modelcache.archives.job import BLOCK, CHUNK, Job, rounded
 from modelcache.archives.names import split
 from modelcache.archives.tree import Node
+from modelcache.units import format_bytes
 
 _UNSTORABLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
@@ -50,9 +51,18 @@ class Writer:
         if self._members == before:
             self._count(name)
 
-    def file(self, name: str, *, program: bool = False) -> AbstractContextManager[Callable[[bytes], None]]:
-        """Make a file; the context is a function that appends bytes to it. A file or link of that name goes."""
+    def file(
+        self, name: str, *, program: bool = False, size: int = 0
+    ) -> AbstractContextManager[Callable[[bytes | memoryview], None]]:
+        """Make a file; the context is a function that appends bytes to it. A file or link of that name goes.
+
+        Args:
+            name: its path.
+            program: whether its owner may execute it.
+            size: bytes that it is said to have; refused at once where that is over the limit.
+        """
         self._count(name)
+        self._check_size(size, name)
         node, path = self._leaf(name)
         return self._create(node, path, program=program)
 
@@ -102,17 +112,18 @@ class Writer:
                 path.symlink_to(node.goal or "")
 
     @contextlib.contextmanager
-    def _create(self, node: Node, path: Path, *, program: bool) -> Iterator[Callable[[bytes], None]]:
+    def _create(self, node: Node, path: Path, *, program: bool) -> Iterator[Callable[[bytes | memoryview], None]]:
         with self._storing(node.member):
             handle = os.open(path, _NEW, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
             os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
             size = 0
 
-            def write(data: bytes) -> None:
+            def write(data: bytes | memoryview) -> None:
                 nonlocal size
                 size += len(data)
                 if size > node.charged:
+                    self._check_size(size, node.member)
                     more = rounded(size) - node.charged
                     self._grow(more)
                     node.charged += more
@@ -121,6 +132,10 @@ class Writer:
                     rest = rest[file.write(rest) :]
 
             yield write
+
+    def _check_size(self, size: int, member: str) -> None:
+        if size > self._job.limits.file:
+            raise self._job.unsafe(f"a file over {format_bytes(self._job.limits.file)}", member)
 
     def _count(self, member: str) -> None:
         self._members += 1

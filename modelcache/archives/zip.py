@@ -1,7 +1,7 @@
 """Unpacks a zip, which has its directory at the end and so is spooled to disk first.
 
 Covers spooling, names, kinds and data of entries. The checks of the directory are in ``zipdir``, creation in
-``writer``. Reads stored and deflated entries; encrypted ones and other methods are refused by name.
+``writer``. Reads stored, deflated and zstd entries; encrypted ones and other methods are refused by name.
 """
 
 import contextlib
@@ -11,22 +11,21 @@ import re
 import stat
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcache.archives.decode import Source
+from modelcache.archives.codecs import Codec, deflate_codec, zlib_module, zstd_codec
+from modelcache.archives.decode import Decoded, Source
 from modelcache.archives.job import CHUNK, Job, rounded
 from modelcache.archives.names import split
 from modelcache.archives.writer import Writer
-from modelcache.archives.zipdir import check_extents, find_directory
+from modelcache.archives.zipdir import find_data, find_directory
 from modelcache.errors import ModelCacheError
 
 # what zipfile raises at damaged input, its documented error among them
 _FAULTS = (
     zipfile.BadZipFile,
-    zlib.error,
     struct.error,
     EOFError,
     OSError,
@@ -37,8 +36,8 @@ _FAULTS = (
     RuntimeError,
 )
 _ENCRYPTED = 0x1 | 0x40  # by password, by strong encryption
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # bz2 and lzma have no bound on what one read gives
-_OTHERS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz"}
+_ZSTD = 93
+_OTHERS = {9: "deflate64", 12: "bzip2", 14: "lzma", 95: "xz"}
 _DRIVE = re.compile("[A-Za-z]:")
 _DOS = 0
 
@@ -56,9 +55,9 @@ def unpack_zip(source: Source, writer: Writer, job: Job, spool: Path, grow: Call
             archive = zipfile.ZipFile(file)
         with archive:
             entries = archive.infolist()
-            check_extents(file, entries, directory, job)
+            data = _Data(file, find_data(file, entries, directory, job), job)
             for entry in entries:
-                _write(archive, entry, writer, job)
+                _write(entry, data, writer, job)
 
 
 @contextlib.contextmanager
@@ -83,9 +82,8 @@ def _spooled(source: Source, spool: Path, grow: Callable[[int], None]) -> Iterat
             grow(-charged)
 
 
-def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, writer: Writer, job: Job) -> None:
+def _write(entry: zipfile.ZipInfo, data: "_Data", writer: Writer, job: Job) -> None:
     name = _name(entry, job)
-    _check_method(entry, name, job)
     mode = entry.external_attr >> 16
     kind = stat.S_IFMT(mode)
     if name.endswith("/") or kind == stat.S_IFDIR:
@@ -95,11 +93,11 @@ def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, writer: Writer, job
     elif kind == stat.S_IFLNK:
         if entry.file_size > job.limits.path:
             raise job.unsafe("a symbolic link whose goal is too long", name)
-        writer.symlink(name, os.fsdecode(b"".join(_data(archive, entry, name, job))))
+        writer.symlink(name, os.fsdecode(b"".join(data.of(entry, name))))
     elif kind in (0, stat.S_IFREG):
-        with writer.file(name, program=bool(mode & 0o100)) as write:
-            for data in _data(archive, entry, name, job):
-                write(data)
+        with writer.file(name, program=bool(mode & 0o100), size=entry.file_size) as write:
+            for piece in data.of(entry, name):
+                write(piece)
     else:
         raise job.unsafe("a device, FIFO or socket", name)
 
@@ -116,35 +114,73 @@ def _name(entry: zipfile.ZipInfo, job: Job) -> str:
     return slashed if entry.create_system == _DOS else name
 
 
-def _check_method(entry: zipfile.ZipInfo, name: str, job: Job) -> None:
-    if entry.flag_bits & _ENCRYPTED:
-        raise job.corrupt("encrypted, and there is no password to give", name, entry.header_offset)
-    if entry.compress_type not in _METHODS:
+class _Data:
+    """Reads the data of entries.
+
+    Args:
+        file: the spooled zip.
+        starts: where the data begins, by the offset of the entry's header.
+        job: for limits and errors.
+    """
+
+    def __init__(self, file: BinaryIO, starts: dict[int, int], job: Job) -> None:
+        self._file = file
+        self._starts = starts
+        self._job = job
+        self._crc32 = zlib_module().crc32
+
+    def of(self, entry: zipfile.ZipInfo, name: str) -> Iterator[bytes]:
+        """Give the data of an entry, and check its size and CRC."""
+        start = self._starts[entry.header_offset]
+        crc = size = 0
+        codec = self._codec(entry, name)
+        if entry.compress_size or entry.file_size:
+            slice_ = Source(_Slice(self._file, start, entry.compress_size))
+            with Decoded(slice_, self._job, codec, entry.compress_size, start) as decoded:
+                decoded.member = name
+                while data := decoded.read():
+                    size += len(data)
+                    if size > entry.file_size:
+                        raise self._job.corrupt("more data than the directory says", name, decoded.offset)
+                    crc = self._crc32(data, crc)
+                    yield data
+        if size < entry.file_size:
+            raise self._job.corrupt("less data than the directory says", name, entry.header_offset)
+        if crc != entry.CRC:
+            raise self._job.corrupt("damaged: its CRC is another", name, entry.header_offset)
+
+    def _codec(self, entry: zipfile.ZipInfo, name: str) -> Codec | None:
+        if entry.flag_bits & _ENCRYPTED:
+            raise self._job.corrupt("encrypted, and there is no password to give", name, entry.header_offset)
+        if entry.compress_type == zipfile.ZIP_STORED:
+            return None
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            return deflate_codec()
+        if entry.compress_type == _ZSTD:
+            return zstd_codec(self._job.model)
         method = _OTHERS.get(entry.compress_type, "unknown")
-        what = f"compression method {entry.compress_type} ({method}), where we read stored and deflated"
-        raise job.corrupt(what, name, entry.header_offset)
+        what = f"compression method {entry.compress_type} ({method}), where we read stored, deflated and zstd"
+        raise self._job.corrupt(what, name, entry.header_offset)
 
 
-def _data(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str, job: Job) -> Iterator[bytes]:
-    """Give the data of an entry; ``zipfile`` checks the CRC at its end."""
-    size = 0
-    with _reading(job, name, entry.header_offset):
-        member = archive.open(entry)
-    with member:
-        while True:
-            with _reading(job, name, entry.header_offset):
-                data = member.read(CHUNK)
-            if not data:
-                break
-            size += len(data)
-            job.count(len(data), name)
-            yield data
-    if size != entry.file_size:
-        raise job.corrupt("less data than the directory says", name, entry.header_offset)
+class _Slice:
+    """Part of a file, as a stream."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file = file
+        self._at = start
+        self._left = size
+
+    def read(self, size: int, /) -> bytes:
+        self._file.seek(self._at)
+        data = self._file.read(min(size, self._left))
+        self._at += len(data)
+        self._left -= len(data)
+        return data
 
 
 @contextlib.contextmanager
-def _reading(job: Job, member: str | None = None, offset: int | None = None) -> Iterator[None]:
+def _reading(job: Job) -> Iterator[None]:
     try:
         yield
     except ModelCacheError:
@@ -152,4 +188,4 @@ def _reading(job: Job, member: str | None = None, offset: int | None = None) -> 
     except _FAULTS as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # the disk, not the zip
-        raise job.corrupt(f"a damaged zip ({error})", member, offset) from error
+        raise job.corrupt(f"a damaged zip ({error})") from error

@@ -20,6 +20,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s24x3H12x")
 _LOCAL = struct.Struct("<4s22x2H")
 _HEAD = 512
+_UTF8 = 0x800  # a flag: the name is no CP437
 _COMMENT_MAX = 2**16 - 1
 
 
@@ -70,8 +71,8 @@ def find_directory(file: BinaryIO, length: int, job: Job) -> Directory:
     return directory
 
 
-def check_extents(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], directory: Directory, job: Job) -> None:
-    """Check that each entry has bytes of its own, in front of the directory.
+def find_data(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], directory: Directory, job: Job) -> dict[int, int]:
+    """Return where the data of each entry begins, by the offset of its header.
 
     Raises:
         UnsafeArtifact: two entries overlap (a bomb that reuses its data), or one reaches past its place.
@@ -79,14 +80,24 @@ def check_extents(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], directory:
     """
     ordered = sorted(entries, key=lambda entry: entry.header_offset)
     ends = [*(entry.header_offset for entry in ordered[1:]), directory.start]
+    found: dict[int, int] = {}
     for entry, end in zip(ordered, ends, strict=True):
         if not 0 <= entry.header_offset <= end - _LOCAL.size:
             raise job.unsafe("a zip entry that overlaps another", entry.filename)
         signature, name, extra = _LOCAL.unpack(_read(file, entry.header_offset, _LOCAL.size))
         if signature != b"PK\x03\x04":
             raise job.corrupt("no zip entry where one must be: damaged", entry.filename, entry.header_offset)
-        if entry.header_offset + _LOCAL.size + name + extra + entry.compress_size > end:
+        start = entry.header_offset + _LOCAL.size + name + extra
+        if start + entry.compress_size > end:
             raise job.unsafe("a zip entry that overlaps another", entry.filename)
+        if _decoded_name(file.read(name), entry) != entry.orig_filename:
+            raise job.corrupt("another name than in the directory: damaged", entry.filename, entry.header_offset)
+        found[entry.header_offset] = start
+    return found
+
+
+def _decoded_name(name: bytes, entry: zipfile.ZipInfo) -> str:
+    return name.decode("utf-8" if entry.flag_bits & _UTF8 else "cp437", "replace")
 
 
 def _find_end(file: BinaryIO, length: int, job: Job) -> tuple[int, tuple[bytes, int, int, int, int, int, int, int]]:

@@ -1,0 +1,1 @@
+"""Damaged archives, many of them."""

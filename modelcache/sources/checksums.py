@@ -27,8 +27,11 @@ _MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
 _NOT_TOLD = re.compile(r"Checksum(?!Type$)[A-Z0-9]+")
 
 
+Bytes = bytes | memoryview
+
+
 class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: Bytes, /) -> None: ...
 
     def hexdigest(self) -> str: ...
 
@@ -36,12 +39,12 @@ class _Digest(Protocol):
 class _Crc:
     """A CRC in the manner of :mod:`hashlib`."""
 
-    def __init__(self, function: Callable[[bytes, int], int], size: int) -> None:
+    def __init__(self, function: Callable[[Bytes, int], int], size: int) -> None:
         self._function = function
         self._size = size
         self._value = 0
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: Bytes, /) -> None:
         self._value = self._function(data, self._value)
 
     def hexdigest(self) -> str:
@@ -57,7 +60,7 @@ def _digest(algorithm: str) -> _Digest | None:
             from awscrt import checksums as crt  # noqa: PLC0415 - an extra, and only these two need it
         except ImportError:
             return None
-        function: Callable[[bytes, int], int] | None = getattr(crt, algorithm, None)
+        function: Callable[[Bytes, int], int] | None = getattr(crt, algorithm, None)
         return _Crc(function, _DIGEST_BYTES[algorithm.upper()]) if function else None
     if algorithm in ("md5", "sha1", "sha256", "sha512"):
         return hashlib.new(algorithm, usedforsecurity=False)
@@ -94,7 +97,7 @@ def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
         value = answer.get(f"Checksum{algorithm}")
         if isinstance(value, str) and not composite and (digest := _to_hex(value, size)):
             found[algorithm.lower()] = digest
-    if any(_digest(algorithm) for algorithm in found):
+    if computable(found):
         return Known(found, None)
     etag = _MD5.fullmatch(str(answer.get("ETag", "")))
     encrypted = answer.get("SSECustomerAlgorithm") or str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
@@ -116,6 +119,11 @@ def _to_hex(value: str, size: int) -> str | None:
     return raw.hex() if len(raw) == size else None
 
 
+def computable(checksums: Mapping[str, str]) -> bool:
+    """Whether any of these can be compared here."""
+    return any(_digest(algorithm) for algorithm in checksums)
+
+
 class Digests:
     """Computes all checksums of one object that can be computed here, as its bytes pass by.
 
@@ -127,7 +135,7 @@ class Digests:
         digests = ((algorithm, value, _digest(algorithm)) for algorithm, value in expected.items())
         self._all = tuple((name, value.lower(), digest) for name, value, digest in digests if digest is not None)
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: Bytes) -> None:
         """Take the next bytes."""
         for _, _, digest in self._all:
             digest.update(data)

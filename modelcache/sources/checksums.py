@@ -135,6 +135,11 @@ class Digests:
         digests = ((algorithm, value, _digest(algorithm)) for algorithm, value in expected.items())
         self._all = tuple((name, value.lower(), digest) for name, value, digest in digests if digest is not None)
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is computed at all."""
+        return bool(self._all)
+
     def update(self, data: Bytes) -> None:
         """Take the next bytes."""
         for _, _, digest in self._all:

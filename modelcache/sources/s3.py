@@ -19,10 +19,11 @@ from modelcache.sources.keys import Key, KeyRule, ask, check_names, folder_versi
 from modelcache.sources.s3_client import OPERATIONS, Clients, Extra
 from modelcache.sources.s3_errors import Place, answer_of, judge
 from modelcache.sources.s3_get import Getter, Span
-from modelcache.sources.s3_parts import Patience, Requests
+from modelcache.sources.s3_parts import Effort, Patience, Requests
+from modelcache.sources.s3_saving import save
 from modelcache.sources.s3_stream import S3Stream
-from modelcache.sources.s3_wire import Answer, Grip
 from modelcache.sources.s3_url import parse_s3_url
+from modelcache.sources.s3_wire import Answer, Grip
 
 if TYPE_CHECKING:
     import boto3.session
@@ -91,7 +92,8 @@ class S3Source:
         # Guards no state: taken once, never waited for, never given back. Who gets it writes the one line about
         # what can't be checked.
         self._told_unchecked = threading.Lock()
-        self._getter = Getter(self._address.bucket, self._clients, self._extra, _checked(connections))
+        self._connections = _checked(connections)
+        self._getter = Getter(self._address.bucket, self._clients, self._extra, connections)
         self._requests = Requests(
             self._get, self._known, self._look, self._tell_unchecked, self._clients.heed, lambda: self._getter.means
         )
@@ -141,9 +143,23 @@ class S3Source:
 
     def open(self, artifact: Artifact, file: RemoteFile) -> Stream:
         """Return the bytes of one file, pinned to its version; the first read makes the first request."""
+        return S3Stream(self._requests, self._place(artifact, file), file, self._patience)
+
+    def save(
+        self,
+        artifact: Artifact,
+        put: Callable[[RemoteFile], Callable[[], int]],
+        *,
+        count: Callable[[int], None],
+        check: Callable[[], None],
+    ) -> None:
+        """Write all files of an artifact, as :class:`~modelcache.sources.base.Saving` says."""
+        files = [(self._place(artifact, file), file) for file in artifact.files]
+        save(files, put, Effort(self._requests, self._patience), self._connections, count=count, check=check)
+
+    def _place(self, artifact: Artifact, file: RemoteFile) -> Place:
         key, _ = json.loads(file.address)
-        place = Place(artifact.model, self.url, f"s3://{self._address.bucket}/{key}")
-        return S3Stream(self._requests, place, file, self._patience)
+        return Place(artifact.model, self.url, f"s3://{self._address.bucket}/{key}")
 
     def _pin(self, model: str) -> str | None:
         if self._version is None:

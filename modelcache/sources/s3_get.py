@@ -5,6 +5,7 @@ when it is asked again, ``s3_parts``.
 """
 
 import contextlib
+import http.client
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -90,12 +91,14 @@ class Getter:
         """
         key, pin = json.loads(file.address)
         match = None if file.version.startswith("W/") else file.version  # weak ETags match nothing
+        mode = "ENABLED" if checksums else None
         client = self._clients.get()
         line = self._line_of(client, key)
         if line is None:
-            return self._by_client(client, {"Key": key, "VersionId": pin, "IfMatch": match}, span, grip, checksums)
+            wanted = {"Key": key, "VersionId": pin, "IfMatch": match, "Range": span.range, "ChecksumMode": mode}
+            return self._by_client(client, wanted, grip)
         pattern, wire = line
-        told = {"If-Match": match, "Range": span.range, "x-amz-checksum-mode": "ENABLED" if checksums else None}
+        told = {"If-Match": match, "Range": span.range, "x-amz-checksum-mode": mode}
         headers = {name: value for name, value in told.items() if value is not None}
         answer = wire.ask(*pattern.request(key, pin, headers), grip)
         if answer.status not in _GOOD:
@@ -119,11 +122,8 @@ class Getter:
                     held = self._line = (process, client, made)
         return held[2]
 
-    def _by_client(
-        self, client: Any, wanted: Mapping[str, str | None], span: Span, grip: Grip, checksums: bool
-    ) -> Answer:
-        arguments = {**wanted, "Range": span.range, "ChecksumMode": "ENABLED" if checksums else None}
-        given = {name: value for name, value in arguments.items() if value is not None}
+    def _by_client(self, client: Any, wanted: Mapping[str, str | None], grip: Grip) -> Answer:
+        given = {name: value for name, value in wanted.items() if value is not None}
         answer = client.get_object(Bucket=self._bucket, **given, **self._extra.of("GetObject", client))
         return ClientAnswer(answer, grip)
 
@@ -166,7 +166,7 @@ class ClientAnswer:
             self._body.close()
 
 
-def _told(headers: Mapping[str, str]) -> dict[str, object]:
+def _told(headers: http.client.HTTPMessage) -> dict[str, object]:
     told: dict[str, object] = {}
     for name, value in headers.items():
         low = name.lower()
@@ -192,4 +192,5 @@ def _refusal(answer: WireAnswer) -> Exception:
             size += got
     headers = HeadersDict(dict(answer.headers.items()))
     response = {"status_code": answer.status, "headers": headers, "body": bytes(body[:size])}
-    return ClientError(create_parser("rest-xml").parse(response, None), "GetObject")
+    error: Exception = ClientError(create_parser("rest-xml").parse(response, None), "GetObject")
+    return error

@@ -81,6 +81,10 @@ class Stopped(Exception):
     """The download was told to stop; nobody waits for more."""
 
 
+class SinkBroken(Exception):
+    """The bytes could not be stored; its cause says why."""
+
+
 class Effort:
     """What all pieces of one artifact share: when to stop, and how many failures there may be.
 
@@ -139,12 +143,16 @@ class Sink(Protocol):
         """Hear what a good answer says of the file, before its bytes."""
         ...
 
-    def room(self, offset: int) -> memoryview:
+    def room(self, offset: int, /) -> memoryview:
         """Return where the bytes from this offset of the file on go: one at least."""
         ...
 
     def came(self, offset: int, size: int) -> None:
-        """Hear that so many bytes lie there now."""
+        """Hear that so many bytes lie there now.
+
+        Raises:
+            SinkBroken: they can't be stored.
+        """
         ...
 
 
@@ -249,6 +257,8 @@ class Piece:
         """Wait before the next try; raise where there is none."""
         if self._effort.stop.is_set():
             raise Stopped from error
+        if isinstance(error, SinkBroken) and error.__cause__ is not None:
+            raise error.__cause__
         verdict = self._judge(error)
         if verdict is None:
             raise error

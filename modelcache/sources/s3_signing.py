@@ -127,9 +127,7 @@ def pattern_of(client: Any, arguments: Mapping[str, Any]) -> Pattern | None:
         if access_key != credentials.get_frozen_credentials().access_key:
             return None  # of a session of its own, as in directory buckets
     kept = {name: value for name, value in headers.items() if name not in _EACH_ANEW}
-    return Pattern(
-        f"{url.scheme}://{_netloc(url)}", url.path.removesuffix(key), kept, credentials, service, region
-    )
+    return Pattern(f"{url.scheme}://{_netloc(url)}", url.path.removesuffix(key), kept, credentials, service, region)
 
 
 def host_of(client: Any, pattern: Pattern, most: int) -> Host:

@@ -52,7 +52,8 @@ class S3Stream(ClosableStream):
     """One object's bytes; the first request is made by the first read.
 
     Concurrency: as :class:`ClosableStream`; pauses before a retry end at once on ``close``. The threads that read
-    ahead end with the last byte, with an error, or with ``close``.
+    ahead end with the last byte, with an error, or with ``close``. A small object that nobody watches is read by
+    the caller's own thread.
 
     Args:
         requests: how to ask the store.
@@ -107,7 +108,7 @@ class S3Stream(ClosableStream):
     def _read(self, size: int) -> bytes:
         if self._done:
             return b""
-        if not self._threads:
+        if not self._granted:
             self._start()
         view = self._await(size)
         if view is None:
@@ -170,6 +171,9 @@ class S3Stream(ClosableStream):
         wanted = min(self._count, CONNECTIONS + _SPARE)
         self._granted = self._requests.means().grant(wanted)
         self._free = [memoryview(bytearray(min(PART, self._file.size))) for _ in range(self._granted)]
+        if self._count == 1 and self._check is _nothing:  # no thread can help
+            self._work()
+            return
         for _ in range(min(self._granted, CONNECTIONS)):
             context = contextvars.copy_context()
             thread = threading.Thread(target=context.run, args=(self._work,), name="modelcache-fetch", daemon=True)

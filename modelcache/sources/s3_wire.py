@@ -131,9 +131,7 @@ class Wire:
                 raise ConnectionAbortedError("told to stop")
         return self._ask(_Connection(self._host), target, headers, grip)
 
-    def _ask(
-        self, connection: "_Connection", target: str, headers: Mapping[str, str], grip: Grip
-    ) -> "WireAnswer":
+    def _ask(self, connection: "_Connection", target: str, headers: Mapping[str, str], grip: Grip) -> "WireAnswer":
         try:
             connection.connect()
             grip.hold(connection)

@@ -56,7 +56,9 @@ def main() -> int:
     return 0
 
 
-def _measure(root: Path, endpoint: str, case: str, names: Sequence[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def _measure(
+    root: Path, endpoint: str, case: str, names: Sequence[str], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
     """Return the figures of each row; of the first round only what is skipped."""
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     kept: list[Path] = []
@@ -104,7 +106,9 @@ def _print(case: str, source: Path, figures: dict[str, list[dict[str, Any]]]) ->
         middle = statistics.median(seconds)
         ratio = "-"
         if "skipped" not in peer[0]:
-            ratio = f"{statistics.median(theirs['seconds'] / mine for mine, theirs in zip(seconds, peer, strict=True)):.2f}"
+            ratio = (
+                f"{statistics.median(theirs['seconds'] / mine for mine, theirs in zip(seconds, peer, strict=True)):.2f}"
+            )
         lines.append(
             [
                 name,

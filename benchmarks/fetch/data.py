@@ -3,9 +3,10 @@
 All of it is made once a run, below the served folder.
 """
 
+import gzip
 import io
 import os
-import subprocess
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def _make_archive(folder: Path, size: int) -> None:
             member = tarfile.TarInfo(f"weights/{number:03}.bin")
             member.size = len(body)
             archive.addfile(member, io.BytesIO(body))
-    subprocess.run(["gzip", "-6", "-f", str(plain)], check=True)
+    packed = folder / ARCHIVE
+    with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as out:
+        shutil.copyfileobj(source, out, MIB)
+    plain.unlink()
 
 
 def _floats(size: int) -> bytes:

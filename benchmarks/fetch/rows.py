@@ -118,7 +118,7 @@ def boto3_download(job: Job, transfer: str = "classic") -> Callable[[], None]:
     return run
 
 
-def boto3_crt(job: Job) -> Callable[[], None]:
+def boto3_crt(_job: Job) -> Callable[[], None]:
     """Return the same with boto3's CRT client, which drops the endpoint and so can't be measured here."""
     raise ImportError("boto3's CRT path drops endpoint_url and Config, so it can't reach this server")
 

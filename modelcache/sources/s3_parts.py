@@ -289,6 +289,11 @@ class Piece:
         return corrupt(self._place, self._file, text)
 
 
+def spans_of(size: int) -> tuple[Span, ...]:
+    """Return the pieces in which an object of so many bytes is fetched: one at least."""
+    return tuple(Span(start, min(start + PART, size), size) for start in range(0, max(size, 1), PART))
+
+
 def corrupt(place: Place, file: RemoteFile, text: str) -> ArtifactCorrupt:
     """Return the error for bytes that are not those that were promised."""
     return ArtifactCorrupt(

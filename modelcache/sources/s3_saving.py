@@ -18,7 +18,7 @@ from modelcache.sources.checksums import Digests, computable
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
 from modelcache.sources.s3_means import TICK
-from modelcache.sources.s3_parts import CHUNK, PART, Effort, Piece, SinkBroken, Stopped, corrupt
+from modelcache.sources.s3_parts import CHUNK, Effort, Piece, SinkBroken, Stopped, corrupt, spans_of
 from modelcache.sources.s3_stream import CONNECTIONS
 
 _AHEAD = 64  # files made room for before their turn has come
@@ -71,7 +71,7 @@ def save(
         check: raises to stop.
     """
     work = _Work(effort)
-    useful = sum(min(CONNECTIONS, len(_spans(file.size))) for _, file in files)
+    useful = sum(min(CONNECTIONS, len(spans_of(file.size))) for _, file in files)
     try:
         work.start(min(most, useful))
         for place, file in files:
@@ -84,12 +84,8 @@ def save(
     work.settle(count)
 
 
-def _spans(size: int) -> tuple[Span, ...]:
-    return tuple(Span(start, min(start + PART, size), size) for start in range(0, max(size, 1), PART))
-
-
 def _prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callable[[], int]], effort: Effort) -> _File:
-    spans = _spans(file.size)
+    spans = spans_of(file.size)
     checksums = file.checksums if computable(file.checksums) else None
     if checksums is None and len(spans) > 1:
         known = effort.requests.look(place, file)

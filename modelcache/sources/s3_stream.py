@@ -15,7 +15,7 @@ from modelcache.sources.checksums import Digests, computable
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
 from modelcache.sources.s3_means import TICK
-from modelcache.sources.s3_parts import PART, Effort, Patience, Piece, Requests, Stopped, corrupt
+from modelcache.sources.s3_parts import Effort, Patience, Piece, Requests, Stopped, corrupt, spans_of
 from modelcache.sources.streams import ClosableStream
 
 CONNECTIONS = 4
@@ -68,7 +68,8 @@ class S3Stream(ClosableStream):
         self._place = place
         self._file = file
         self._effort = Effort(requests, patience)
-        self._count = max(1, -(-file.size // PART))
+        self._spans = spans_of(file.size)
+        self._count = len(self._spans)
         self._check: Callable[[], None] = _nothing
         # Guards the parts, the free buffers, the error and the checksums told; nothing but waiting is done under
         # it. Reentrant, as a signal handler may close what its own thread is reading.
@@ -170,7 +171,7 @@ class S3Stream(ClosableStream):
             self._expected = known.checksums
         wanted = min(self._count, CONNECTIONS + _SPARE)
         self._granted = self._requests.means().grant(wanted)
-        self._free = [memoryview(bytearray(min(PART, self._file.size))) for _ in range(self._granted)]
+        self._free = [memoryview(bytearray(self._spans[0].end)) for _ in range(self._granted)]
         if self._count == 1 and self._check is _nothing:  # no thread can help
             self._work()
             return
@@ -205,9 +206,7 @@ class S3Stream(ClosableStream):
                 self._changed.wait()
             if self._started == self._count or self._effort.stop.is_set():
                 return None
-            start = self._started * PART
-            span = Span(start, min(start + PART, self._file.size), self._file.size)
-            part = self._parts[self._started] = _Part(self, span, self._free.pop())
+            part = self._parts[self._started] = _Part(self, self._spans[self._started], self._free.pop())
             self._started += 1
             return part
 

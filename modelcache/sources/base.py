@@ -24,7 +24,8 @@ class RemoteFile:
         version: what pins these very bytes (ETag, version id, or size and time of a local file).
         address: where the source finds it again (a key, a path); only the source reads this.
         checksums: algorithm (``"crc32"``, ``"sha256"``, ``"md5"``, ...) to expected hex digest of the whole
-            file, where the source knows any.
+            file, where the source knows any; ``"md5/5242880"`` is the digest of the digests of parts of so many
+            bytes, followed by their number.
     """
 
     name: str

@@ -19,6 +19,7 @@ from modelcache.sources.keys import Key, KeyRule, ask, check_names, folder_versi
 from modelcache.sources.s3_client import OPERATIONS, Clients, Extra
 from modelcache.sources.s3_errors import Place, answer_of, judge
 from modelcache.sources.s3_get import Getter, Span
+from modelcache.sources.s3_multipart import with_parts
 from modelcache.sources.s3_parts import Effort, Patience, Requests
 from modelcache.sources.s3_saving import save
 from modelcache.sources.s3_stream import S3Stream
@@ -189,7 +190,7 @@ class S3Source:
             raise SourceUnavailable(f"{place}: the store tells no size or no ETag", model=place.model, source=self.url)
         name = key.rpartition("/")[2]
         check_names(place.model, place.url.removesuffix(name), (name,))
-        known = self._known(answer)
+        known = self._with_parts(self._known(answer), answer, key, pin)
         if known.unchecked:
             self._tell_unchecked(place, known.unchecked)
         file = RemoteFile(name, size, etag, json.dumps([key, pin]), known.checksums)
@@ -259,7 +260,12 @@ class S3Source:
         """Ask for the checksums of a file that is fetched in parts, whose answers have none."""
         key, pin = json.loads(file.address)
         with self._mapped(place):
-            return self._known(self._head(key, pin, explain_missing=True))
+            answer = self._head(key, pin, explain_missing=True)
+        return self._with_parts(self._known(answer), answer, key, pin)
+
+    def _with_parts(self, known: Known, answer: Mapping[str, Any], key: str, pin: str | None) -> Known:
+        arguments = {"Key": key} | ({"VersionId": pin} if pin else {})
+        return with_parts(known, answer, lambda number: self._call("HeadObject", PartNumber=number, **arguments))
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         client = self._clients.get()

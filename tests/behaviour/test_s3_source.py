@@ -405,14 +405,26 @@ class TestChecksums:
 
     @pytest.mark.parametrize("told", [{}, {"ChecksumType": "COMPOSITE"}])
     @pytest.mark.parametrize("algorithm", ["CRC32", "SHA1", "SHA256"])
-    def test_composite(
-        self, s3_moto: Store, algorithm: str, told: dict[str, str], caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """A checksum of checksums is not mistaken for one of the object; one line says what is not checked."""
+    def test_f050_composite(self, s3_moto: Store, algorithm: str, told: dict[str, str]) -> None:
+        """F050: a checksum of checksums is not mistaken for one of the object; it is compared part by part."""
         bucket = s3_moto.bucket()
-        parts = [noise(5 * MIB, 1), noise(1000, 2)]
+        parts = [noise(5 * MIB, 1), noise(5 * MIB, 3), noise(1000, 2)]
+        bucket.put_parts("a.tar.gz", *parts, ChecksumAlgorithm=algorithm, **told)
+        with FaultProxy(s3_moto.endpoint) as proxy:
+            source = source_of(attrs.evolve(bucket, store=s3_moto.at(proxy.endpoint)))
+            file = source.find("a").files[0]
+            assert list(file.checksums) == [f"{algorithm.lower()}/{5 * MIB}"]
+            assert whole(source, "a") == b"".join(parts)
+            proxy.script(Fault(flip=7))
+            with pytest.raises(ArtifactCorrupt, match=algorithm):
+                whole(source, "a")
+
+    def test_f050_composite_of_unequal_parts(self, s3_moto: Store, caplog: pytest.LogCaptureFixture) -> None:
+        """F050: where the sizes of the parts can't be known, a good object is not refused; one line says so."""
+        bucket = s3_moto.bucket()
+        parts = [noise(5 * MIB, 1), noise(6 * MIB, 2)]
         for model in ("a", "b"):
-            bucket.put_parts(f"{model}.tar.gz", *parts, ChecksumAlgorithm=algorithm, **told)
+            bucket.put_parts(f"{model}.tar.gz", *parts, ChecksumAlgorithm="SHA256")
         source = source_of(bucket)
         with caplog.at_level(logging.INFO, "modelcache"):
             for model in ("a", "b", "a"):

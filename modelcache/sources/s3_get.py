@@ -168,7 +168,7 @@ class ClientAnswer:
 
 def _told(headers: http.client.HTTPMessage) -> dict[str, object]:
     told: dict[str, object] = {}
-    for name, value in headers.items():
+    for name, value in headers.raw_items():
         low = name.lower()
         if low in _TOLD:
             told[_TOLD[low]] = value

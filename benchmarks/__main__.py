@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALL = ("hit", "policies", "quiet", "growth")
+ALL = ("hit", "policies", "quiet", "growth", "fetch")
 
 
 def main() -> int:

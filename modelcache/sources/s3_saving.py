@@ -121,7 +121,12 @@ class _Work:
         for _ in range(number):
             context = contextvars.copy_context()
             thread = threading.Thread(target=context.run, args=(self._run,), name="modelcache-fetch", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that there are will do
+                if not self._threads:
+                    raise
+                return
             self._threads.append(thread)
 
     def add(self, file: _File) -> None:

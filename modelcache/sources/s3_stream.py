@@ -178,7 +178,12 @@ class S3Stream(ClosableStream):
         for _ in range(min(self._granted, CONNECTIONS)):
             context = contextvars.copy_context()
             thread = threading.Thread(target=context.run, args=(self._work,), name="modelcache-fetch", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that there are will do
+                if not self._threads:
+                    raise
+                return
             self._threads.append(thread)
 
     def _work(self) -> None:

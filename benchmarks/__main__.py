@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALL = ("hit", "policies", "two_tiers", "victims", "quiet", "growth")
+ALL = ("hit", "policies", "two_tiers", "victims", "quiet", "growth", "fetch")
 
 
 def main() -> int:

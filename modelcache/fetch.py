@@ -1,7 +1,7 @@
 """From a source to a staged folder: one artifact's bytes, streamed, charged to the disk tier, unpacked or written.
 
-The source verifies and resumes (``sources``), ``archives`` unpacks safely, the disk tier reserves and publishes
-(``disk.shelf``). Here they meet, for one artifact.
+The source verifies and resumes (``sources``), and writes plain files itself where it can; ``archives`` unpacks
+safely, the disk tier reserves and publishes (``disk.shelf``). Here they meet, for one artifact.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from modelcache.archives import Job, Writer, unpack
-from modelcache.sources.base import Artifact, Source, Stream
+from modelcache.archives.names import archive_suffix, has_suffix, single_name
+from modelcache.sources.base import Artifact, Saving, Source, Stream, Watchable
 
 _CHUNK = 2**18
 
@@ -34,12 +35,14 @@ class Destination(Protocol):
 
 
 class _Watched:
-    """A stream that stops between two reads once it is told to, and whose bytes are counted."""
+    """A stream that stops between two reads once it is told to, and tells what has come."""
 
     def __init__(self, stream: Stream, check: Callable[[], None], count: Callable[[int], None]) -> None:
         self._stream = stream
         self._check = check
         self._count = count
+        if isinstance(stream, Watchable):
+            stream.watch(check)
 
     def read(self, size: int, /) -> bytes:
         self._check()
@@ -65,38 +68,46 @@ def fetch(
         artifact: what ``source.find`` gave.
         staging: where it goes; ``artifact/`` in its folder exists and is empty.
         grow: charges bytes about to be written (negative: given back); raises where there is no room.
-        check: called between two reads; raises to stop.
-        count: called with the number of stored bytes that have arrived, after each read.
+        check: called between two reads, and now and then while bytes are waited for; raises to stop.
         mode: permissions of folders; files get the same without the execute bits.
+        count: called with the number of stored bytes that have arrived since the last time.
 
     Raises:
         ModelCacheError: as ``Source.open``, ``Stream.read`` and ``archives.unpack``.
         OSError: the disk is full, or broken.
     """
-    if not artifact.folder:
-        (file,) = artifact.files
-        with source.open(artifact, file) as stream:
-            return unpack(
-                _Watched(stream, check, count),
-                staging.target,
-                name=file.name.rpartition("/")[2] or artifact.model,
-                model=artifact.model,
-                size=file.size,
-                grow=grow,
-                spool=staging.spool,
-                mode=mode,
-            )
     writer = Writer(staging.target, Job(artifact.model, artifact.size), grow, mode)
-    _fetch_folder(source, artifact, writer, check, count)
-    return staging.target
+    if artifact.folder:
+        _fetch_files(source, artifact, writer, check, count)
+        writer.finish()
+        return staging.target
+    (file,) = artifact.files
+    name = file.name.rpartition("/")[2] or artifact.model
+    if isinstance(source, Saving) and archive_suffix(name) is None and has_suffix(name):
+        name = single_name(name)
+        source.save(artifact, lambda file: writer.reserve(name, file.size), count=count, check=check)
+        return staging.target / name
+    with source.open(artifact, file) as stream:
+        return unpack(
+            _Watched(stream, check, count),
+            staging.target,
+            name=name,
+            model=artifact.model,
+            size=file.size,
+            grow=grow,
+            spool=staging.spool,
+            mode=mode,
+        )
 
 
-def _fetch_folder(
+def _fetch_files(
     source: Source, artifact: Artifact, writer: Writer, check: Callable[[], None], count: Callable[[int], None]
 ) -> None:
+    if isinstance(source, Saving):
+        source.save(artifact, lambda file: writer.reserve(file.name, file.size), count=count, check=check)
+        return
     for file in artifact.files:
         with source.open(artifact, file) as stream, writer.file(file.name) as write:
             watched = _Watched(stream, check, count)
             while chunk := watched.read(_CHUNK):
                 write(chunk)
-    writer.finish()

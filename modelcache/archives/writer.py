@@ -19,7 +19,7 @@ from modelcache.units import format_bytes
 
 _UNSTORABLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Writer:
@@ -65,6 +65,14 @@ class Writer:
         self._check_size(size, name)
         node, path = self._leaf(name)
         return self._create(node, path, program=program)
+
+    def reserve(self, name: str, size: int) -> Callable[[], int]:
+        """Make room for a file of a known size; the result makes it, empty, and opens it: on any thread, once."""
+        self._count(name)
+        node, path = self._leaf(name)
+        self._grow(rounded(size))
+        node.charged += rounded(size)
+        return lambda: self._open(node, path, program=False)
 
     def symlink(self, name: str, goal: str) -> None:
         """Note a symbolic link; it is checked and made in :meth:`finish`."""
@@ -113,10 +121,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _create(self, node: Node, path: Path, *, program: bool) -> Iterator[Callable[[bytes | memoryview], None]]:
-        with self._storing(node.member):
-            handle = os.open(path, _NEW, 0o600)
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
+        with os.fdopen(self._open(node, path, program=program), "wb", buffering=0) as file:
             size = 0
 
             def write(data: bytes | memoryview) -> None:
@@ -136,6 +141,12 @@ class Writer:
     def _check_size(self, size: int, member: str) -> None:
         if size > self._job.limits.file:
             raise self._job.unsafe(f"a file over {format_bytes(self._job.limits.file)}", member)
+
+    def _open(self, node: Node, path: Path, *, program: bool) -> int:
+        with self._storing(node.member):
+            handle = os.open(path, _NEW, 0o600)
+        os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
+        return handle
 
     def _count(self, member: str) -> None:
         self._members += 1

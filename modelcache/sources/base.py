@@ -3,6 +3,7 @@
 Where those bytes go, and what is made of them, is ``fetch``; which models are asked for, and how often, ``cache``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
@@ -23,7 +24,8 @@ class RemoteFile:
         version: what pins these very bytes (ETag, version id, or size and time of a local file).
         address: where the source finds it again (a key, a path); only the source reads this.
         checksums: algorithm (``"crc32"``, ``"sha256"``, ``"md5"``, ...) to expected hex digest of the whole
-            file, where the source knows any.
+            file, where the source knows any; ``"md5/5242880"`` is the digest of the digests of parts of so many
+            bytes, followed by their number.
     """
 
     name: str
@@ -109,4 +111,41 @@ class Source(Protocol):
 
     def open(self, artifact: Artifact, file: RemoteFile) -> Stream:
         """Return the bytes of one of ``artifact.files``, pinned to its version."""
+        ...
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """A stream that looks up while it waits for bytes."""
+
+    def watch(self, check: Callable[[], None], /) -> None:
+        """Have ``check`` called on the reader's thread, now and then while it waits; what it raises ends the read."""
+        ...
+
+
+@runtime_checkable
+class Saving(Protocol):
+    """A source that writes files itself, several at once, or one from several connections."""
+
+    def save(
+        self,
+        artifact: Artifact,
+        put: Callable[[RemoteFile], Callable[[], int]],
+        *,
+        count: Callable[[int], None],
+        check: Callable[[], None],
+    ) -> None:
+        """Write all files of an artifact, pinned to their versions and checked; returns once all are written.
+
+        Args:
+            artifact: what ``find`` returned.
+            put: called on the caller's thread, once a file: makes room for it, and returns what opens a new, empty
+                file to write to. That is called once, on any thread, and its descriptor closed by the source.
+            count: called on the caller's thread with the bytes that have come since the last time.
+            check: called on the caller's thread, several times a second; raises to stop.
+
+        Raises:
+            ModelCacheError: as ``Source.open`` and ``Stream.read``.
+            OSError: of the files written.
+        """
         ...

@@ -1,7 +1,7 @@
 """The checksums that S3 tells of an object, and computing them while its bytes pass by.
 
-When they are compared is decided by ``s3_stream``. Composite ones (a checksum of the parts' checksums) are
-not compared: the parts are not known here.
+When they are compared is decided by ``s3_stream`` and ``s3_saving``. A composite one (a checksum of the checksums
+of an upload's parts) can be compared once the size of the parts is known; ``s3`` asks for that.
 """
 
 import base64
@@ -10,7 +10,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import attrs
 
@@ -24,11 +24,15 @@ _DIGEST_BYTES = {
     "SHA512": 64,
 }
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
+_COMPOSITE = re.compile(r'"?([0-9a-f]{32}-[0-9]{1,5})"?', re.ASCII)
 _NOT_TOLD = re.compile(r"Checksum(?!Type$)[A-Z0-9]+")
 
 
+Bytes = bytes | memoryview
+
+
 class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: Bytes, /) -> None: ...
 
     def hexdigest(self) -> str: ...
 
@@ -36,20 +40,61 @@ class _Digest(Protocol):
 class _Crc:
     """A CRC in the manner of :mod:`hashlib`."""
 
-    def __init__(self, function: Callable[[bytes, int], int], size: int) -> None:
+    def __init__(self, function: Callable[[Bytes, int], int], size: int) -> None:
         self._function = function
         self._size = size
         self._value = 0
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: Bytes, /) -> None:
         self._value = self._function(data, self._value)
 
     def hexdigest(self) -> str:
         return self._value.to_bytes(self._size, "big").hex()
 
 
-def _digest(algorithm: str) -> _Digest | None:
-    """Return what computes ``algorithm`` (lower case), or None where nothing installed here can."""
+class _OfParts:
+    """A checksum of the checksums of parts of one size, the last one perhaps smaller."""
+
+    def __init__(self, make: Callable[[], _Digest], size: int) -> None:
+        self._make = make
+        self._size = size
+        self._whole = make()
+        self._part = make()
+        self._left = size
+        self._count = 0
+
+    def update(self, data: Bytes, /) -> None:
+        view = memoryview(data)
+        while view:
+            piece = view[: self._left]
+            self._part.update(piece)
+            self._left -= len(piece)
+            view = view[len(piece) :]
+            if not self._left:
+                self._end_part()
+
+    def hexdigest(self) -> str:
+        if self._left < self._size:
+            self._end_part()
+        return f"{self._whole.hexdigest()}-{self._count}"
+
+    def _end_part(self) -> None:
+        self._whole.update(bytes.fromhex(self._part.hexdigest()))
+        self._part = self._make()
+        self._left = self._size
+        self._count += 1
+
+
+def of_parts(algorithm: str, size: int) -> str:
+    """Return the name of the checksum of the checksums of parts of so many bytes."""
+    return f"{algorithm}/{size}"
+
+
+def _digest(name: str) -> _Digest | None:
+    """Return what computes a checksum (of parts, too), or None where nothing installed here can."""
+    algorithm, _, size = name.partition("/")
+    if size:
+        return _OfParts(lambda: cast("_Digest", _digest(algorithm)), int(size)) if _digest(algorithm) else None
     if algorithm == "crc32":
         return _Crc(zlib.crc32, 4)
     if algorithm in ("crc32c", "crc64nvme"):
@@ -57,7 +102,7 @@ def _digest(algorithm: str) -> _Digest | None:
             from awscrt import checksums as crt  # noqa: PLC0415 - an extra, and only these two need it
         except ImportError:
             return None
-        function: Callable[[bytes, int], int] | None = getattr(crt, algorithm, None)
+        function: Callable[[Bytes, int], int] | None = getattr(crt, algorithm, None)
         return _Crc(function, _DIGEST_BYTES[algorithm.upper()]) if function else None
     if algorithm in ("md5", "sha1", "sha256", "sha512"):
         return hashlib.new(algorithm, usedforsecurity=False)
@@ -71,10 +116,13 @@ class Known:
     Attributes:
         checksums: algorithm in lower case to hex digest of the whole object.
         unchecked: why none of them can be compared here; None where one can.
+        composite: algorithm, and hex digest of the parts' digests with their number (``...-7``), that can be
+            compared once the size of the parts is known; None where there is none, or no need of it.
     """
 
     checksums: dict[str, str]
     unchecked: str | None
+    composite: tuple[str, str] | None = None
 
 
 def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
@@ -94,17 +142,30 @@ def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
         value = answer.get(f"Checksum{algorithm}")
         if isinstance(value, str) and not composite and (digest := _to_hex(value, size)):
             found[algorithm.lower()] = digest
-    if any(_digest(algorithm) for algorithm in found):
+    if computable(found):
         return Known(found, None)
     etag = _MD5.fullmatch(str(answer.get("ETag", "")))
     encrypted = answer.get("SSECustomerAlgorithm") or str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
     if etag and not encrypted and not directory_bucket:
         return Known({**found, "md5": etag[1]}, None)
+    parts = None if encrypted or directory_bucket else _COMPOSITE.fullmatch(str(answer.get("ETag", "")))
+    mixed = _composite(answer) or (("md5", parts[1]) if parts else None)
     if found:
-        return Known(found, f"{', '.join(found).upper()} needs the extra modelcache[crt]")
+        return Known(found, f"{', '.join(found).upper()} needs the extra modelcache[crt]", mixed)
     if any(_NOT_TOLD.fullmatch(name) for name in answer):
-        return Known(found, "its checksum is of the parts of a multipart upload, or of a kind that is not known here")
-    return Known(found, "the store tells no checksum of it")
+        why = "its checksum is of the parts of a multipart upload, or of a kind that is not known here"
+        return Known(found, why, mixed)
+    return Known(found, "the store tells no checksum of it", mixed)
+
+
+def _composite(answer: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return a composite checksum that can be computed here: algorithm, hex digest and number of parts."""
+    for algorithm, size in _DIGEST_BYTES.items():
+        value, dash, count = str(answer.get(f"Checksum{algorithm}", "")).rpartition("-")
+        digest = _to_hex(value, size) if dash and count.isdecimal() else None
+        if digest and _digest(algorithm.lower()):
+            return algorithm.lower(), f"{digest}-{count}"
+    return None
 
 
 def _to_hex(value: str, size: int) -> str | None:
@@ -114,6 +175,11 @@ def _to_hex(value: str, size: int) -> str | None:
     except binascii.Error:
         return None
     return raw.hex() if len(raw) == size else None
+
+
+def computable(checksums: Mapping[str, str]) -> bool:
+    """Whether any of these can be compared here."""
+    return any(_digest(algorithm) for algorithm in checksums)
 
 
 class Digests:
@@ -127,7 +193,12 @@ class Digests:
         digests = ((algorithm, value, _digest(algorithm)) for algorithm, value in expected.items())
         self._all = tuple((name, value.lower(), digest) for name, value, digest in digests if digest is not None)
 
-    def update(self, data: bytes) -> None:
+    @property
+    def any(self) -> bool:
+        """Whether anything is computed at all."""
+        return bool(self._all)
+
+    def update(self, data: Bytes) -> None:
         """Take the next bytes."""
         for _, _, digest in self._all:
             digest.update(data)

@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from modelcache.errors import ConfigError, ModelNotFound, SourceUnavailable, UnsafeArtifact
 from modelcache.sources.base import Artifact, RemoteFile, Stream
-from modelcache.sources.checksums import Known, told_by
+from modelcache.sources.checksums import Known, computable, told_by
 from modelcache.sources.keys import Key, KeyRule, ask, check_names, folder_version
 from modelcache.sources.s3_client import OPERATIONS, Clients, Extra
 from modelcache.sources.s3_errors import Place, answer_of, judge
-from modelcache.sources.s3_stream import Patience, Requests, S3Stream
+from modelcache.sources.s3_get import Getter, Span
+from modelcache.sources.s3_multipart import with_parts
+from modelcache.sources.s3_parts import Effort, Patience, Requests
+from modelcache.sources.s3_saving import save
+from modelcache.sources.s3_stream import S3Stream
 from modelcache.sources.s3_url import parse_s3_url
+from modelcache.sources.s3_wire import Answer, Grip
 
 if TYPE_CHECKING:
     import boto3.session
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+CONNECTIONS = 16
+"""Requests under way at once, unless set: enough for small files from S3, where each answer takes some 30 ms."""
 _LONGEST_KEY = 1024  # bytes of UTF-8; no store holds a longer one
 _ARCHIVED = ("GLACIER", "DEEP_ARCHIVE")
 
@@ -49,6 +56,8 @@ class S3Source:
         extra: arguments for every call, such as ``RequestPayer``, ``ExpectedBucketOwner``,
             ``SSECustomerAlgorithm`` and ``SSECustomerKey``; each goes to the operations that take it.
         version: a function from model id to the VersionId to fetch, or to None for the latest.
+        connections: requests for bytes under way at once, those of all models together; an object takes up to 4
+            of them. On the way through memory are at most so many parts of 8 MiB, and one of each object.
 
     Raises:
         ConfigError: an address, template or combination of arguments that can't work.
@@ -70,6 +79,7 @@ class S3Source:
         config: "botocore.config.Config | None" = None,
         extra: Mapping[str, Any] | None = None,
         version: Callable[[str], str | None] | None = None,
+        connections: int = CONNECTIONS,
     ) -> None:
         self._address = parse_s3_url(url)
         self._rule = KeyRule(key)
@@ -83,7 +93,11 @@ class S3Source:
         # Guards no state: taken once, never waited for, never given back. Who gets it writes the one line about
         # what can't be checked.
         self._told_unchecked = threading.Lock()
-        self._requests = Requests(self._get, self._known, self._tell_unchecked, self._clients.heed)
+        self._connections = _checked(connections)
+        self._getter = Getter(self._address.bucket, self._clients, self._extra, connections)
+        self._requests = Requests(
+            self._get, self._known, self._look, self._tell_unchecked, self._clients.heed, lambda: self._getter.means
+        )
 
     @property
     def url(self) -> str:
@@ -130,9 +144,23 @@ class S3Source:
 
     def open(self, artifact: Artifact, file: RemoteFile) -> Stream:
         """Return the bytes of one file, pinned to its version; the first read makes the first request."""
+        return S3Stream(self._requests, self._place(artifact, file), file, self._patience)
+
+    def save(
+        self,
+        artifact: Artifact,
+        put: Callable[[RemoteFile], Callable[[], int]],
+        *,
+        count: Callable[[int], None],
+        check: Callable[[], None],
+    ) -> None:
+        """Write all files of an artifact, as :class:`~modelcache.sources.base.Saving` says."""
+        files = [(self._place(artifact, file), file) for file in artifact.files]
+        save(files, put, Effort(self._requests, self._patience), self._connections, count=count, check=check)
+
+    def _place(self, artifact: Artifact, file: RemoteFile) -> Place:
         key, _ = json.loads(file.address)
-        place = Place(artifact.model, self.url, f"s3://{self._address.bucket}/{key}")
-        return S3Stream(self._requests, place, file, self._patience)
+        return Place(artifact.model, self.url, f"s3://{self._address.bucket}/{key}")
 
     def _pin(self, model: str) -> str | None:
         if self._version is None:
@@ -162,7 +190,7 @@ class S3Source:
             raise SourceUnavailable(f"{place}: the store tells no size or no ETag", model=place.model, source=self.url)
         name = key.rpartition("/")[2]
         check_names(place.model, place.url.removesuffix(name), (name,))
-        known = self._known(answer)
+        known = self._with_parts(self._known(answer), answer, key, pin)
         if known.unchecked:
             self._tell_unchecked(place, known.unchecked)
         file = RemoteFile(name, size, etag, json.dumps([key, pin]), known.checksums)
@@ -223,19 +251,21 @@ class S3Source:
                 return
             token = {"ContinuationToken": following}
 
-    def _get(self, file: RemoteFile, offset: int) -> dict[str, Any]:
-        """Ask for a file's bytes from ``offset`` on."""
+    def _get(self, file: RemoteFile, span: Span, grip: Grip) -> Answer:
+        """Ask for a piece of a file."""
+        asked = self._asks_checksums and span.range is None and not computable(file.checksums)
+        return self._getter.get(file, span, grip, checksums=asked)
+
+    def _look(self, place: Place, file: RemoteFile) -> Known:
+        """Ask for the checksums of a file that is fetched in parts, whose answers have none."""
         key, pin = json.loads(file.address)
-        arguments = {"Key": key}
-        if not file.version.startswith("W/"):  # weak ETags match nothing
-            arguments["IfMatch"] = file.version
-        if pin:
-            arguments["VersionId"] = pin
-        if offset:
-            arguments["Range"] = f"bytes={offset}-"
-        elif not file.checksums and self._asks_checksums:
-            arguments["ChecksumMode"] = "ENABLED"
-        return self._call("GetObject", **arguments)
+        with self._mapped(place):
+            answer = self._head(key, pin, explain_missing=True)
+        return self._with_parts(self._known(answer), answer, key, pin)
+
+    def _with_parts(self, known: Known, answer: Mapping[str, Any], key: str, pin: str | None) -> Known:
+        arguments = {"Key": key} | ({"VersionId": pin} if pin else {})
+        return with_parts(known, answer, lambda number: self._call("HeadObject", PartNumber=number, **arguments))
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         client = self._clients.get()
@@ -262,6 +292,16 @@ class S3Source:
     def _tell_unchecked(self, place: Place, why: str) -> None:
         if self._told_unchecked.acquire(blocking=False):
             _log.info("%s: only its length is checked: %s (said once for %s)", place, why, self.url)
+
+
+def _checked(connections: object) -> int:
+    if isinstance(connections, bool) or not isinstance(connections, int) or connections < 1:
+        raise ConfigError(
+            f"connections={connections!r:.200} must be a whole number, 1 or more",
+            setting="connections",
+            value=connections,
+        )
+    return connections
 
 
 def _joined(etag: str, pin: str | None) -> str:

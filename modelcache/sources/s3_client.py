@@ -48,23 +48,29 @@ _OURS = frozenset(
 )
 
 
-class _Process:
-    """What belongs to one process; a forked child gets a new one."""
+class Process:
+    """What belongs to one process; a forked child gets a new one.
+
+    Attributes:
+        lock: held while one of it is made.
+        cleaned: clients of the user's whose inherited connections were closed.
+    """
 
     def __init__(self) -> None:
         # Guards the making of clients: sessions are not thread-safe, and a race inside boto3 raises KeyErrors
         # that look like missing credentials. Credentials may be looked up over the network under it (by
-        # boto3), as whoever waits here needs just this. No request to S3 and no code of the user's under it.
+        # boto3), as whoever waits here needs just this. No request to S3 and no code of the user's under it. It
+        # also guards what else there is one of in a process: patterns of requests, bounds of connections.
         self.lock = threading.Lock()
         self.cleaned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-_process = _Process()
+_process = Process()
 
 
 def _forked() -> None:
     global _process  # noqa: PLW0603 - this is its purpose
-    _process = _Process()
+    _process = Process()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -90,7 +96,12 @@ class Clients:
         self._endpoint_url = endpoint_url
         self._config = config
         self._born = _process
-        self._made: tuple[_Process, Any] | None = None
+        self._made: tuple[Process, Any] | None = None
+
+    @property
+    def process(self) -> Process:
+        """What belongs to this process."""
+        return _process
 
     def get(self) -> Any:
         """Return the client of this process."""
@@ -138,7 +149,7 @@ class Clients:
         )
 
 
-def _drop_inherited(process: _Process, client: Any) -> None:
+def _drop_inherited(process: Process, client: Any) -> None:
     """Close the connections that a user's client brought over a fork, once in each process.
 
     Two processes that read from one socket get one another's bytes. Closing it in the child leaves the parent's

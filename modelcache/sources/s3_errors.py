@@ -4,6 +4,7 @@ Which of them are tried again, and how often, is decided by ``s3_stream``; error
 and hooks are not touched.
 """
 
+import http.client
 from typing import Any
 
 import attrs
@@ -131,18 +132,19 @@ def judge(error: Exception, place: Place, *, pinned: str | None = None) -> Verdi
     if isinstance(error, ClientError):
         return _answered(error, place, pinned)
     if isinstance(error, BotoCoreError):
-        return _not_asked(error, place)
-    if isinstance(error, HTTPError | OSError):
+        return _not_asked(error, place, pinned)
+    if isinstance(error, HTTPError | OSError | http.client.HTTPException):
         return _no_answer(error, place)
     return None
 
 
-def _not_asked(error: Exception, place: Place) -> Verdict:
+def _not_asked(error: Exception, place: Place, pinned: str | None) -> Verdict:
     """Judge what botocore itself raised: no answer of the store, or none that could be read."""
     names = {kind.__name__ for kind in type(error).__mro__}
     code = type(error).__name__
     if "FlexibleChecksumError" in names:
-        return Verdict(ArtifactCorrupt(f"{place}: {_cut(str(error))}", model=place.model, source=place.source))
+        text = f"{place}: {_cut(str(error))}"
+        return Verdict(ArtifactCorrupt(text, model=place.model, source=place.source, version=pinned))
     if names & CREDENTIAL_CODES:
         return _denied(place, code, _cut(str(error)), "check the credentials of this process")
     if names & _SETTINGS:

@@ -1,77 +1,59 @@
-"""The bytes of one S3 object, resumed where a connection broke, compared with what S3 promised.
+"""The bytes of one S3 object, in order, while several connections bring its parts.
 
-Which object that is, and how a request is made, is told by ``s3``; what an error means by ``s3_errors``.
+A part is read, resumed and examined by ``s3_parts``; here are the ring of buffers that bounds memory, the threads
+that fill it, and the checksum of the whole.
 """
 
-import contextlib
-import logging
-import random
-import re
+import contextvars
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import attrs
 
-from modelcache.errors import ArtifactChanged, ArtifactCorrupt, ModelCacheError, SourceUnavailable
 from modelcache.sources.base import RemoteFile
-from modelcache.sources.checksums import Digests, Known
-from modelcache.sources.s3_errors import Place, Verdict, judge
+from modelcache.sources.checksums import Digests, computable
+from modelcache.sources.s3_errors import Place
+from modelcache.sources.s3_get import Span
+from modelcache.sources.s3_means import TICK
+from modelcache.sources.s3_parts import Effort, Patience, Piece, Requests, Stopped, corrupt, spans_of
 from modelcache.sources.streams import ClosableStream
 
-_log = logging.getLogger(__name__)
-
-CHUNK = 256 * 1024
-"""Most bytes asked of the connection at once: as many are fetched twice, at most, where it breaks."""
-
-_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+CONNECTIONS = 4
+"""Connections that bring one object: more gain nothing, and harm where Python reads what they bring."""
+_SPARE = 2  # buffers more than connections: one is read from, one is about to be
 
 
-@attrs.frozen
-class Patience:
-    """How often, and after which pauses, a broken download goes on.
+@attrs.define(eq=False)
+class _Part:
+    """One part on its way, and where it lies.
 
     Attributes:
-        attempts: requests in a row that brought no byte, before it is given up.
-        first: longest first pause, in seconds; doubled each time (full jitter: each pause is drawn from 0 to that).
-        longest: longest pause, in seconds; also of what a store asks for by ``Retry-After``.
-        draw: ``random.uniform``; an argument for tests.
-        wait: waits for an event, at most for so many seconds, and returns whether it was set; for tests.
+        span: which bytes.
+        view: the buffer.
+        filled: bytes of it that are there.
     """
 
-    attempts: int = 5
-    first: float = 0.2
-    longest: float = 20.0
-    draw: Callable[[float, float], float] = random.uniform
-    wait: Callable[[threading.Event, float], bool] = threading.Event.wait
+    stream: "S3Stream"
+    span: Span
+    view: memoryview
+    filled: int = 0
 
-    def pause(self, failures: int, told: float) -> float:
-        """Return the seconds to wait after so many failures in a row."""
-        jitter = self.draw(0, min(self.longest, self.first * 2 ** (failures - 1)))
-        return max(jitter, min(told, self.longest))
+    def answered(self, told: Mapping[str, object]) -> None:
+        self.stream.answered(told)
 
+    def room(self, offset: int) -> memoryview:
+        return self.view[offset - self.span.start :]
 
-@attrs.frozen
-class Requests:
-    """What a stream needs of its source; all callables may be called from any thread.
-
-    Attributes:
-        get: makes a GetObject from an offset on and returns the client's answer; raises what the client raises.
-        known: reads the checksums from an answer.
-        tell: hears that (and why) no checksum of the object can be compared.
-        heed: hears of each error that ends a stream.
-    """
-
-    get: Callable[[RemoteFile, int], Mapping[str, Any]]
-    known: Callable[[Mapping[str, Any]], Known]
-    tell: Callable[[Place, str], None]
-    heed: Callable[[ModelCacheError], None]
+    def came(self, offset: int, size: int) -> None:
+        self.stream.came(self, offset - self.span.start + size)
 
 
 class S3Stream(ClosableStream):
     """One object's bytes; the first request is made by the first read.
 
-    Concurrency: as :class:`ClosableStream`; pauses before a retry end at once on ``close``.
+    Concurrency: as :class:`ClosableStream`; pauses before a retry end at once on ``close``. The threads that read
+    ahead end with the last byte, with an error, or with ``close``. A small object that nobody watches is read by
+    the caller's own thread.
 
     Args:
         requests: how to ask the store.
@@ -85,151 +67,172 @@ class S3Stream(ClosableStream):
         self._requests = requests
         self._place = place
         self._file = file
-        self._patience = patience
-        self._offset = 0
-        self._failures = 0
-        self._body: Any = None
-        self._digests: Digests | None = None  # None until the first answer
+        self._effort = Effort(requests, patience)
+        self._spans = spans_of(file.size)
+        self._count = len(self._spans)
+        self._check: Callable[[], None] = _nothing
+        # Guards the parts, the free buffers, the error and the checksums told; nothing but waiting is done under
+        # it. Reentrant, as a signal handler may close what its own thread is reading.
+        self._changed = threading.Condition(threading.RLock())
+        self._free: list[memoryview] = []
+        self._parts: dict[int, _Part] = {}
+        self._started = 0  # parts that a thread has begun
+        self._front = 0  # the part that is read from
+        self._taken = 0  # bytes of it that were read
+        self._error: BaseException | None = None
+        self._expected: dict[str, str] | None = file.checksums if computable(file.checksums) else None
+        self._digests: Digests | None = None
+        self._granted = 0
+        self._threads: list[threading.Thread] = []
         self._done = False
 
-    def _read(self, size: int) -> bytes:
-        while not self._done:
-            try:
-                data = self._step(min(size, CHUNK))
-            except Exception as error:  # noqa: BLE001 - raised again unless it can be mended
-                self._recover(error)
-            else:
-                if data:
-                    return data
-        return b""
+    def watch(self, check: Callable[[], None]) -> None:
+        """Have ``check`` called now and then while a read waits; what it raises ends the read."""
+        self._check = check
 
-    def _step(self, size: int) -> bytes:
-        """Return the next bytes; ``b""`` once all are read and compared."""
-        if self._body is None and (self._digests is None or self._offset < self._file.size):
-            self._connect()
-        left = self._file.size - self._offset
-        if left == 0:
+    def answered(self, told: Mapping[str, object]) -> None:
+        """Learn the checksums from the answer about a whole object, where they are not known yet."""
+        if self._expected is None and self._count == 1:
+            known = self._requests.known(told)
+            if known.unchecked:
+                self._requests.tell(self._place, known.unchecked)
+            with self._changed:
+                self._expected = known.checksums
+
+    def came(self, part: _Part, filled: int) -> None:
+        """Note that a part has grown."""
+        with self._changed:
+            part.filled = filled
+            if self._parts.get(self._front) is part:
+                self._changed.notify_all()
+
+    def _read(self, size: int) -> bytes:
+        if self._done:
+            return b""
+        if not self._granted:
+            self._start()
+        view = self._await(size)
+        if view is None:
             self._finish()
             return b""
-        data: bytes = self._body.read(min(size, left))
-        if not data:
-            raise self._broken(f"ended after {self._offset} of {self._file.size} bytes")
-        if self._digests is not None:
-            self._digests.update(data)
-        self._offset += len(data)
-        self._failures = 0
+        if self._digests is None:
+            self._digests = Digests(self._expected or {})
+        self._digests.update(view)
+        data = bytes(view)
+        self._advance(len(data))
         return data
 
-    def _connect(self) -> None:
-        answer = self._requests.get(self._file, self._offset)
-        self._body = answer["Body"]
-        self._examine(answer)
-        if self._digests is None:
-            checksums = self._file.checksums
-            if not checksums:
-                known = self._requests.known(answer)
-                checksums = known.checksums
-                if known.unchecked:
-                    self._requests.tell(self._place, known.unchecked)
-            self._digests = Digests(checksums)
+    def _await(self, size: int) -> memoryview | None:
+        """Wait for the next bytes, and return up to ``size`` of them; None at the end."""
+        while True:
+            with self._changed:
+                if self._stop.is_set():
+                    raise ValueError("the stream was closed while it was read")
+                if self._error is not None:
+                    raise self._error
+                part = self._parts.get(self._front)
+                if part is not None and part.filled > self._taken:
+                    return part.view[self._taken : min(self._taken + size, part.filled)]
+                if self._front == self._count:
+                    return None
+                self._changed.wait(TICK)
+            self._check()
 
-    def _examine(self, answer: Mapping[str, Any]) -> None:
-        """Make sure that the answer is about the version, and the bytes, that were asked for."""
-        etag = answer.get("ETag")
-        if etag and bare(etag) != bare(self._file.version):
-            raise ArtifactChanged(
-                f"{self._place}: was replaced while it was read; version {self._file.version} is gone",
-                model=self._place.model,
-                source=self._place.source,
-                version=self._file.version,
-            )
-        if self._offset:
-            told = _RANGE.fullmatch(str(answer.get("ContentRange", "")))
-            if told is None or int(told[1]) != self._offset or told[2] not in ("*", str(self._file.size)):
-                raise self._broken(f"the store does not answer ranges as asked (from byte {self._offset})")
-        length = answer.get("ContentLength")
-        if length is not None and length != self._file.size - self._offset:
-            raise self._corrupt(f"{self._offset + length} bytes are announced, not {self._file.size}")
+    def _advance(self, size: int) -> None:
+        """Go on behind so many bytes, and free the buffer of a part that was read to its end."""
+        self._taken += size
+        part = self._parts[self._front]
+        if self._taken == part.span.end - part.span.start:
+            self._taken = 0
+            with self._changed:
+                del self._parts[self._front]
+                self._free.append(part.view)
+                self._changed.notify_all()
+                self._front += 1
 
     def _finish(self) -> None:
-        """Compare the checksums, and make sure that nothing follows."""
+        for thread in self._threads:
+            thread.join()
+        with self._changed:
+            if self._error is not None:  # of what follows the last byte
+                raise self._error
         problem = self._digests.problem() if self._digests is not None else None
         if problem:
-            raise self._corrupt(problem)
-        more = b""
-        body, self._body = self._body, None
-        if body is not None:
-            try:
-                more = body.read(1)  # the client compares checksums itself here, where it was told to
-            except Exception as error:  # all bytes are here and right: only a checksum error counts
-                verdict = judge(error, self._place)
-                if verdict is not None and isinstance(verdict.error, ArtifactCorrupt):
-                    raise
-            finally:
-                _close(body)
-        if more:
-            raise self._corrupt(f"more than the {self._file.size} bytes promised")
+            raise corrupt(self._place, self._file, problem)
         self._done = True
+        self._give_back()
 
-    def _recover(self, error: Exception) -> None:
-        """Wait before the next try; raise where there is none."""
-        body, self._body = self._body, None
-        _close(body)
-        if self._stop.is_set():
-            raise ValueError("the stream was closed while it was read") from error
-        verdict = self._judge(error)
-        if verdict is None:
-            raise error
-        self._failures += 1
-        if not verdict.retry or self._failures >= self._patience.attempts:
-            self._requests.heed(verdict.error)
-            if verdict.error is error:
-                raise error
-            raise verdict.error from error
-        pause = self._patience.pause(self._failures, verdict.after)
-        _log.debug("%s: going on from byte %d in %.1f s (%s)", self._place, self._offset, pause, type(error).__name__)
-        if self._patience.wait(self._stop, pause):
-            raise ValueError("the stream was closed while it was read") from error
+    def _start(self) -> None:
+        """Take buffers, and start the threads that fill them."""
+        if self._expected is None and self._count > 1:
+            known = self._requests.look(self._place, self._file)
+            if known.unchecked:
+                self._requests.tell(self._place, known.unchecked)
+            self._expected = known.checksums
+        wanted = min(self._count, CONNECTIONS + _SPARE)
+        self._granted = self._requests.means().grant(wanted)
+        self._free = [memoryview(bytearray(self._spans[0].end)) for _ in range(self._granted)]
+        if self._count == 1 and self._check is _nothing:  # no thread can help
+            self._work()
+            return
+        for _ in range(min(self._granted, CONNECTIONS)):
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(self._work,), name="modelcache-fetch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that there are will do
+                if not self._threads:
+                    raise
+                return
+            self._threads.append(thread)
 
-    def _judge(self, error: Exception) -> Verdict | None:
-        if isinstance(error, ModelCacheError):
-            # A wrong length may be one bad answer of a proxy; wrong content is wrong for good.
-            return Verdict(error, retry=isinstance(error, SourceUnavailable | ArtifactCorrupt) and not self._complete)
-        return judge(error, self._place, pinned=self._file.version)
+    def _work(self) -> None:
+        """Bring parts, one after the other."""
+        try:
+            grip = self._effort.grip()
+            while (part := self._next()) is not None:
+                Piece(self._effort, grip, self._place, self._file, part.span, part).read()
+                if part.span.start == part.span.end:  # an empty object
+                    with self._changed:
+                        self._front = self._count
+                        self._changed.notify_all()
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised by the next read
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+            self._effort.quit()
 
-    @property
-    def _complete(self) -> bool:
-        return self._digests is not None and self._offset == self._file.size
-
-    def _broken(self, text: str) -> SourceUnavailable:
-        return SourceUnavailable(f"{self._place}: {text}", model=self._place.model, source=self._place.source)
-
-    def _corrupt(self, text: str) -> ArtifactCorrupt:
-        return ArtifactCorrupt(
-            f"{self._place}: not what the store promised: {text}; upload it again if this repeats",
-            model=self._place.model,
-            source=self._place.source,
-            version=self._file.version,
-        )
-
-    def _release(self) -> None:
-        body, self._body = self._body, None
-        _close(body)
+    def _next(self) -> _Part | None:
+        """Return the next part to bring, once there is a buffer for it; None where there is nothing left to do."""
+        with self._changed:
+            while self._started < self._count and not self._free and not self._effort.stop.is_set():
+                self._changed.wait()
+            if self._started == self._count or self._effort.stop.is_set():
+                return None
+            part = self._parts[self._started] = _Part(self, self._spans[self._started], self._free.pop())
+            self._started += 1
+            return part
 
     def _interrupt(self) -> None:
-        # urllib3's way to wake a reader; without it (before 2.3, or another client) the read ends by its timeout.
-        shutdown = getattr(getattr(self._body, "_raw_stream", None), "shutdown", None)
-        if shutdown is not None:
-            with contextlib.suppress(ValueError, RuntimeError, OSError):  # the reader was faster
-                shutdown()
+        self._effort.quit()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _release(self) -> None:
+        self._interrupt()
+        for thread in self._threads:
+            thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        with self._changed:
+            granted, self._granted = self._granted, 0
+            self._free, self._parts = [], {}
+        if granted:
+            self._requests.means().give_back(granted)
 
 
-def bare(etag: str) -> str:
-    """Return an ETag without quotes and weakness mark, to compare it."""
-    return etag.removeprefix("W/").strip('"')
-
-
-def _close(body: Any) -> None:
-    if body is not None:
-        with contextlib.suppress(Exception):  # the connection is given up; how it ends is of no interest
-            body.close()
+def _nothing() -> None:
+    """Check nothing."""

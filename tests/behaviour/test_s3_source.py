@@ -1,5 +1,6 @@
 """S3Source: addresses and settings, finding, versions, checksums, clients, credentials, forks."""
 
+import base64
 import copy
 import hashlib
 import json
@@ -29,7 +30,8 @@ from modelcache.errors import (
 )
 from modelcache.sources import checksums, s3_client
 from modelcache.sources.s3 import S3Source
-from modelcache.sources.s3_stream import Patience
+from modelcache.sources.s3_multipart import with_parts
+from modelcache.sources.s3_parts import Patience
 from modelcache.sources.s3_url import parse_s3_url
 from tests.contracts.source_contract import BODY, content
 from tests.support.processes import free_port
@@ -405,14 +407,53 @@ class TestChecksums:
 
     @pytest.mark.parametrize("told", [{}, {"ChecksumType": "COMPOSITE"}])
     @pytest.mark.parametrize("algorithm", ["CRC32", "SHA1", "SHA256"])
-    def test_composite(
-        self, s3_moto: Store, algorithm: str, told: dict[str, str], caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """A checksum of checksums is not mistaken for one of the object; one line says what is not checked."""
+    def test_f050_composite(self, s3_moto: Store, algorithm: str, told: dict[str, str]) -> None:
+        """F050: a checksum of checksums is not mistaken for one of the object; it is compared part by part."""
         bucket = s3_moto.bucket()
-        parts = [noise(5 * MIB, 1), noise(1000, 2)]
+        parts = [noise(5 * MIB, 1), noise(5 * MIB, 3), noise(1000, 2)]
+        bucket.put_parts("a.tar.gz", *parts, ChecksumAlgorithm=algorithm, **told)
+        with FaultProxy(s3_moto.endpoint) as proxy:
+            source = source_of(attrs.evolve(bucket, store=s3_moto.at(proxy.endpoint)))
+            file = source.find("a").files[0]
+            assert list(file.checksums) == [f"md5/{5 * MIB}"]  # moto does not tell how many parts its own is of
+            assert whole(source, "a") == b"".join(parts)
+            proxy.script(Fault(flip=7))
+            with pytest.raises(ArtifactCorrupt, match="MD5"):
+                whole(source, "a")
+
+    @pytest.mark.parametrize("algorithm", ["CRC32", "SHA1", "SHA256"])
+    def test_f050_composite_known_values(self, algorithm: str) -> None:
+        """F050: the checksum of the parts' checksums is as S3 defines it, however the bytes come in."""
+        parts = [noise(1000, 1), noise(1000, 2), noise(10, 3)]
+
+        def raw(data: bytes) -> bytes:
+            return (
+                zlib.crc32(data).to_bytes(4, "big") if algorithm == "CRC32" else hashlib.new(algorithm, data).digest()
+            )
+
+        value = base64.b64encode(raw(b"".join(map(raw, parts)))).decode()
+        answer = {f"Checksum{algorithm}": f"{value}-3", "ChecksumType": "COMPOSITE", "ContentLength": 2010}
+        known = checksums.told_by(answer, directory_bucket=False)
+        sizes = {1: 1000, 3: 10}
+        learnt = with_parts(known, answer, lambda number: {"PartsCount": 3, "ContentLength": sizes[number]})
+        assert (known.checksums, learnt.unchecked) == ({}, None)
+        digests = checksums.Digests(learnt.checksums)
+        data = b"".join(parts)
+        for start in range(0, len(data), 700):
+            digests.update(memoryview(data)[start : start + 700])
+        assert digests.problem() is None
+        assert digests.any
+        for other in ({1: 1000, 3: 1000}, {1: 0, 3: 2010}):
+            assert with_parts(known, answer, lambda n, o=other: {"PartsCount": 3, "ContentLength": o[n]}) == known  # type: ignore[misc]
+        assert with_parts(known, answer, lambda number: {"PartsCount": 4, "ContentLength": sizes.get(number)}) == known
+        assert with_parts(known, answer, lambda number: sizes[7]) == known  # type: ignore[arg-type,return-value]
+
+    def test_f050_composite_of_unequal_parts(self, s3_moto: Store, caplog: pytest.LogCaptureFixture) -> None:
+        """F050: where the sizes of the parts can't be known, a good object is not refused; one line says so."""
+        bucket = s3_moto.bucket()
+        parts = [noise(5 * MIB, 1), noise(6 * MIB, 2)]
         for model in ("a", "b"):
-            bucket.put_parts(f"{model}.tar.gz", *parts, ChecksumAlgorithm=algorithm, **told)
+            bucket.put_parts(f"{model}.tar.gz", *parts, ChecksumAlgorithm="SHA256")
         source = source_of(bucket)
         with caplog.at_level(logging.INFO, "modelcache"):
             for model in ("a", "b", "a"):
@@ -472,7 +513,7 @@ class TestChecksums:
             assert content(source, artifact, artifact.files[0]) == BODY
             proxy.script(always=Fault(flip=5))
             blind = attrs.evolve(artifact.files[0], checksums={"unknown": "00"})
-            with pytest.raises(ArtifactCorrupt, match="checksum"):
+            with pytest.raises(ArtifactCorrupt, match="not what the store promised"):
                 content(source, artifact, blind)
 
     @pytest.mark.parametrize("encoding", ["gzip", "zstd", "identity"])

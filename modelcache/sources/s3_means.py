@@ -1,0 +1,63 @@
+"""What all fetches of one source share and must not exceed together: connections at once, and memory on the way.
+
+Who gets which is first come, first served. What is done with them is ``s3_stream``'s and ``s3_saving``'s business.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from modelcache.sources.s3_wire import Grip
+
+TICK = 0.1
+"""Seconds between two looks at whether to stop, while something is waited for."""
+
+
+class Means:
+    """So many connections, and as many buffers.
+
+    Concurrency: may be called from all threads of one process. A connection is held for one request only, never
+    while its bytes wait to be used, so that a fetch that stands still takes none from the others.
+
+    Args:
+        most: connections at once. Buffers are as many, but each fetch gets one at least.
+    """
+
+    def __init__(self, most: int) -> None:
+        # Guards the two numbers of what is free; nothing is done under it. Reentrant, as a stream may be closed by
+        # a finalizer or a signal handler that interrupts just this.
+        self._changed = threading.Condition(threading.RLock())
+        self._connections = most
+        self._buffers = most
+
+    @contextlib.contextmanager
+    def connection(self, grip: Grip) -> Iterator[None]:
+        """Hold a connection while the block runs.
+
+        Raises:
+            ConnectionAbortedError: told to stop while none was free.
+        """
+        with self._changed:
+            while self._connections <= 0:
+                if grip.torn:
+                    raise ConnectionAbortedError("told to stop")
+                self._changed.wait(TICK)
+            self._connections -= 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._connections += 1
+                self._changed.notify()
+
+    def grant(self, wanted: int) -> int:
+        """Return how many buffers a fetch may have: one at least, ``wanted`` at most."""
+        with self._changed:
+            granted = max(1, min(wanted, self._buffers))
+            self._buffers -= granted
+        return granted
+
+    def give_back(self, granted: int) -> None:
+        """Take back what ``grant`` returned."""
+        with self._changed:
+            self._buffers += granted

@@ -1,0 +1,289 @@
+"""Objects written to files as they arrive: many small ones at once, the parts of a large one side by side.
+
+No byte passes through a queue: each thread reads a piece from its connection and writes it at its place. A part is
+read, resumed and examined by ``s3_parts``. Whole objects are compared with their checksums on the way; of one that
+comes in parts, whoever has written the next part in order reads it back, while it is still in the page cache.
+"""
+
+import contextvars
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import attrs
+
+from modelcache.sources.base import RemoteFile
+from modelcache.sources.checksums import Digests, computable
+from modelcache.sources.s3_errors import Place
+from modelcache.sources.s3_get import Span
+from modelcache.sources.s3_means import TICK
+from modelcache.sources.s3_parts import CHUNK, Effort, Piece, SinkBroken, Stopped, corrupt, spans_of
+from modelcache.sources.s3_stream import CONNECTIONS
+
+_AHEAD = 64  # files made room for before their turn has come
+_CLOSED = -1
+
+
+@attrs.define(eq=False)
+class _File:
+    """One file on its way.
+
+    Attributes:
+        place, file: what it is.
+        open: opens it for writing.
+        spans: its parts.
+        digests: of the bytes so far; None until its checksums are known.
+        descriptor: where it is written to; -1 before and after.
+        done: numbers of the parts that are written.
+        checked: parts that the digests know.
+        checking: whether a thread is about to read the next of them.
+    """
+
+    place: Place
+    file: RemoteFile
+    open: Callable[[], int]
+    spans: tuple[Span, ...]
+    digests: Digests | None
+    descriptor: int = _CLOSED
+    done: set[int] = attrs.field(factory=set)
+    checked: int = 0
+    checking: bool = False
+
+
+def save(
+    files: Sequence[tuple[Place, RemoteFile]],
+    put: Callable[[RemoteFile], Callable[[], int]],
+    effort: Effort,
+    most: int,
+    *,
+    count: Callable[[int], None],
+    check: Callable[[], None],
+) -> None:
+    """Write files, as ``Saving.save`` promises.
+
+    Args:
+        files: what to write.
+        put: makes room for a file and returns what opens it.
+        effort: what all of them share.
+        most: threads at most.
+        count: hears of bytes that came.
+        check: raises to stop.
+    """
+    work = _Work(effort)
+    useful = sum(min(CONNECTIONS, len(spans_of(file.size))) for _, file in files)
+    try:
+        work.start(min(most, useful))
+        for place, file in files:
+            work.add(_prepared(place, file, put, effort))
+            work.wait(_AHEAD, count, check)
+        work.close()
+        work.wait(0, count, check)
+    finally:
+        work.end()
+    work.settle(count)
+
+
+def _prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callable[[], int]], effort: Effort) -> _File:
+    spans = spans_of(file.size)
+    checksums = file.checksums if computable(file.checksums) else None
+    if checksums is None and len(spans) > 1:
+        known = effort.requests.look(place, file)
+        if known.unchecked:
+            effort.requests.tell(place, known.unchecked)
+        checksums = known.checksums
+    return _File(place, file, put(file), spans, None if checksums is None else Digests(checksums))
+
+
+class _Work:
+    """What the threads of one call do, and the caller waits for.
+
+    Attributes:
+        effort: what all files share.
+    """
+
+    def __init__(self, effort: Effort) -> None:
+        self.effort = effort
+        # Guards the queue, the numbers, the error, and what of a file is written and checked. Under it nothing is
+        # done but waiting. Reentrant, as a signal handler's own code may interrupt the caller here.
+        self._changed = threading.Condition(threading.RLock())
+        self._queue: deque[tuple[_File, int]] = deque()
+        self._open: set[_File] = set()
+        self._closed = False
+        self._came = 0
+        self._counted = 0
+        self._wanted = 0  # the caller waits until no more files than these are unfinished
+        self._error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+
+    def start(self, number: int) -> None:
+        """Start threads."""
+        for _ in range(number):
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(self._run,), name="modelcache-fetch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those that there are will do
+                if not self._threads:
+                    raise
+                return
+            self._threads.append(thread)
+
+    def add(self, file: _File) -> None:
+        """Have a file written."""
+        if len(file.spans) > 1:
+            file.descriptor = file.open()
+        with self._changed:
+            self._open.add(file)
+            self._queue.extend((file, number) for number in range(len(file.spans)))
+            self._changed.notify(len(file.spans))
+
+    def close(self) -> None:
+        """Say that no more files come."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def wait(self, most: int, count: Callable[[int], None], check: Callable[[], None]) -> None:
+        """Wait until no more than so many files are unfinished."""
+        while True:
+            check()
+            with self._changed:
+                if self._error is not None:
+                    raise self._error
+                if len(self._open) <= most:
+                    return
+                self._wanted = most // 2
+                self._changed.wait(TICK)
+            self.settle(count)
+
+    def settle(self, count: Callable[[int], None]) -> None:
+        """Tell of the bytes that came since the last time."""
+        with self._changed:
+            new, self._counted = self._came - self._counted, self._came
+        if new:
+            count(new)
+
+    def end(self) -> None:
+        """Stop what still runs, and close all files."""
+        if not self._closed or self._open:
+            self.effort.quit()
+        self.close()
+        for thread in self._threads:
+            thread.join()
+        for file in self._open:
+            if file.descriptor != _CLOSED:
+                os.close(file.descriptor)
+
+    def came(self, size: int) -> None:
+        """Note bytes that were written."""
+        with self._changed:
+            self._came += size
+
+    def _run(self) -> None:
+        try:
+            grip = self.effort.grip()
+            buffer = memoryview(bytearray(CHUNK))
+            while (task := self._next()) is not None:
+                file, number = task
+                if len(file.spans) == 1:
+                    file.descriptor = file.open()
+                sink = _Sink(self, file, buffer)
+                Piece(self.effort, grip, file.place, file.file, file.spans[number], sink).read()
+                self._written(file, number, buffer)
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+            self.effort.quit()
+
+    def _next(self) -> tuple[_File, int] | None:
+        with self._changed:
+            while not self._queue and not self._closed and not self.effort.stop.is_set():
+                self._changed.wait(TICK)
+            if self.effort.stop.is_set() or not self._queue:
+                return None
+            return self._queue.popleft()
+
+    def _written(self, file: _File, number: int, buffer: memoryview) -> None:
+        """Note that a part is written; check what can be checked now; after the last one close the file."""
+        with self._changed:
+            file.done.add(number)
+        for span in self._in_order(file):
+            if len(file.spans) > 1 and file.digests is not None and file.digests.any:
+                _read_back(file, span, file.digests, buffer)
+        with self._changed:
+            last = file.checked == len(file.spans) and file in self._open
+            if not last:
+                return
+        problem = file.digests.problem() if file.digests is not None else None
+        if problem:
+            raise corrupt(file.place, file.file, problem)
+        descriptor, file.descriptor = file.descriptor, _CLOSED
+        os.close(descriptor)
+        with self._changed:
+            self._open.discard(file)
+            if len(self._open) <= self._wanted:
+                self._changed.notify_all()
+
+    def _in_order(self, file: _File) -> Iterator[Span]:
+        """Yield the parts that follow those checked, as far as they are written and nobody else is at it."""
+        while True:
+            with self._changed:
+                if file.checking or file.checked not in file.done:
+                    return
+                file.checking = True
+            yield file.spans[file.checked]
+            with self._changed:
+                file.checking = False
+                file.checked += 1
+
+
+@attrs.define(eq=False)
+class _Sink:
+    """Writes what comes of one part."""
+
+    work: _Work
+    file: _File
+    buffer: memoryview
+
+    def answered(self, told: Mapping[str, object]) -> None:
+        file = self.file
+        if file.digests is None:
+            requests = self.work.effort.requests
+            known = requests.known(told)
+            if known.unchecked:
+                requests.tell(file.place, known.unchecked)
+            file.digests = Digests(known.checksums)
+
+    def room(self, _offset: int, /) -> memoryview:
+        return self.buffer
+
+    def came(self, offset: int, size: int) -> None:
+        view = self.buffer[:size]
+        if len(self.file.spans) == 1 and self.file.digests is not None:
+            self.file.digests.update(view)
+        try:
+            _write(self.file.descriptor, view, offset)
+        except OSError as error:  # of the disk: not to be taken for one of the network
+            raise SinkBroken from error
+        self.work.came(size)
+
+
+def _write(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _read_back(file: _File, span: Span, digests: Digests, buffer: memoryview) -> None:
+    """Let the digests have a part that was written; another process may not have changed it meanwhile."""
+    offset = span.start
+    while offset < span.end:
+        got = os.preadv(file.descriptor, [buffer[: min(len(buffer), span.end - offset)]], offset)
+        if not got:
+            raise OSError(f"{file.file.name!a}: was cut short while it was written")
+        digests.update(buffer[:got])
+        offset += got

@@ -1,0 +1,158 @@
+"""S3Source's own connections: they keep to the client's settings, and are not used where they would lose some."""
+
+import gc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from botocore.config import Config
+from botocore.stub import Stubber
+
+from modelcache.errors import SourceUnavailable
+from modelcache.sources import s3_signing
+from modelcache.sources.s3 import S3Source
+from modelcache.sources.s3_means import Means
+from modelcache.sources.s3_parts import Patience
+from modelcache.sources.s3_wire import Grip
+from tests.contracts.source_contract import BODY, content
+from tests.support.proxy import Fault, FaultProxy
+from tests.support.s3 import Bucket, Store
+from tests.support.tls import certificate
+from tests.support.waiting import eventually
+
+OURS = "amz-sdk-invocation-id"
+"""A header that only the client itself sends."""
+
+
+@pytest.fixture
+def moto_bucket(s3_moto: Store) -> Bucket:
+    """Return a bucket with one model."""
+    bucket = s3_moto.bucket()
+    bucket.put("a.tar.gz", BODY)
+    return bucket
+
+
+def test_tls(moto_bucket: Bucket, tmp_path: Path) -> None:
+    """TLS peers are checked against the client's CA bundle, and refused where it does not know them."""
+    context, trusted = certificate(tmp_path)
+    plain = S3Source(moto_bucket.url, client=moto_bucket.store.client()).find("a")
+    with FaultProxy(moto_bucket.store.endpoint, context) as proxy:
+        for verify, works in ((str(trusted), True), (False, True), (None, False)):
+            client = moto_bucket.store.session().client(
+                "s3", endpoint_url=proxy.endpoint, verify=verify, config=Config(s3={"addressing_style": "path"})
+            )
+            source = S3Source(moto_bucket.url, client=client)
+            source._patience = Patience(wait=lambda stop, seconds: False)
+            proxy.forget()
+            if not works:
+                with pytest.raises(SourceUnavailable, match="SSL"):
+                    content(source, plain, plain.files[0])
+                assert not proxy.reads()
+                continue
+            assert content(source, plain, plain.files[0]) == BODY
+            assert [OURS in request.headers for request in proxy.reads()] == [False]
+
+
+def test_connections_are_kept(bucket: Bucket, fault_proxy: FaultProxy) -> None:
+    """Requests one after the other take one connection, also after one that was closed in the middle."""
+    bucket.put("a.tar.gz", BODY)
+    source = S3Source(bucket.url, client=bucket.store.at(fault_proxy.endpoint).client())
+    artifact = source.find("a")
+    fault_proxy.forget()
+    for _ in range(3):
+        assert content(source, artifact, artifact.files[0]) == BODY
+    assert len({request.connection for request in fault_proxy.reads()}) == 1
+    fault_proxy.script(Fault(cut=len(BODY)))
+    assert content(source, artifact, artifact.files[0]) == BODY
+    assert content(source, artifact, artifact.files[0]) == BODY
+    assert len(fault_proxy.reads()) == 5
+
+
+def test_connections_end_with_the_source(bucket: Bucket) -> None:
+    """A source that nobody holds any more closes its connections, without a warning."""
+    bucket.put("a.tar.gz", BODY)
+    source = S3Source(bucket.url, client=bucket.store.client())
+    artifact = source.find("a")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert content(source, artifact, artifact.files[0]) == BODY
+        del source
+        gc.collect()
+    assert not [warning for warning in told if issubclass(warning.category, ResourceWarning)]
+
+
+def _hooked(client: Any) -> None:
+    client.meta.events.register("request-created.s3", lambda **about: None)
+
+
+def _stubbed(client: Any) -> None:
+    Stubber(client).activate()
+
+
+def _replaced(client: Any) -> None:
+    class Session:
+        pass
+
+    client._endpoint.http_session = Session()
+
+
+@pytest.mark.parametrize("change", [_hooked, _stubbed, _replaced])
+def test_no_pattern_of_a_changed_client(s3_moto: Store, change: Callable[[Any], None]) -> None:
+    """A client with a hook, a stub, or another way to send is no pattern: it sends its own requests."""
+    client = s3_moto.client()
+    assert s3_signing.pattern_of(client, {"Bucket": "models", "Key": "a b/ü"}) is not None
+    change(client)
+    assert s3_signing.pattern_of(client, {"Bucket": "models", "Key": "a b/ü"}) is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(signature_version="s3"),
+        Config(proxies={"http": "http://127.0.0.1:1"}),
+    ],
+    ids=["version 2", "proxy"],
+)
+def test_no_pattern_of_other_settings(s3_moto: Store, config: Config) -> None:
+    """Another signature, or a proxy, is the client's own business."""
+    client = s3_moto.session().client("s3", endpoint_url=s3_moto.endpoint, config=config)
+    assert s3_signing.pattern_of(client, {"Bucket": "models", "Key": "a"}) is None
+
+
+def test_no_pattern_behind_a_proxy_of_the_environment(s3_moto: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy from the environment is honoured too."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert s3_signing.pattern_of(s3_moto.client(), {"Bucket": "models", "Key": "a"}) is None
+
+
+def test_pattern_leaves_the_client_as_it_was(s3_moto: Store) -> None:
+    """Taking a pattern sends nothing, and leaves no handler behind."""
+    client = attrs.evolve(s3_moto, endpoint="http://127.0.0.1:1").client()
+    pattern = s3_signing.pattern_of(client, {"Bucket": "models", "Key": "a", "RequestPayer": "requester"})
+    assert pattern is not None
+    assert pattern.headers["x-amz-request-payer"] == "requester"
+    assert s3_signing._is_plain(client)
+    target, headers = pattern.request("x y/ü", "v+1", {"Range": "bytes=0-1"})
+    assert target == "/models/x%20y/%C3%BC?versionId=v%2B1"
+    assert (headers["Host"], headers["Range"]) == ("127.0.0.1:1", "bytes=0-1")
+    assert "x-amz-request-payer" in headers["Authorization"]
+
+
+def test_means_are_given_back() -> None:
+    """Buffers and connections that were given back can be had again; each gets one buffer at least."""
+    means = Means(3)
+    assert [means.grant(6), means.grant(6)] == [3, 1]
+    means.give_back(1)
+    means.give_back(3)
+    assert means.grant(2) == 2
+    grip = Grip()
+    with means.connection(grip), means.connection(grip), means.connection(grip):
+        grip.tear()
+        with pytest.raises(ConnectionAbortedError), means.connection(grip):
+            pass
+    with means.connection(grip):
+        pass
+    eventually(lambda: means._connections == 3)

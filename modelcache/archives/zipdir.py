@@ -79,7 +79,7 @@ def find_data(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], directory: Dir
         ArtifactCorrupt: an entry's data isn't where the directory says.
     """
     ordered = sorted(entries, key=lambda entry: entry.header_offset)
-    ends = [*(entry.header_offset for entry in ordered[1:]), directory.start]
+    ends = [*(min(entry.header_offset, directory.start) for entry in ordered[1:]), directory.start]
     found: dict[int, int] = {}
     for entry, end in zip(ordered, ends, strict=True):
         if not 0 <= entry.header_offset <= end - _LOCAL.size:

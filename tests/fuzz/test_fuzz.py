@@ -1,5 +1,6 @@
 """Some hundred of the inputs that ``make fuzz`` tries, and those that once broke a rule, shrunk."""
 
+import struct
 import tarfile
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from modelcache.archives import unpacking
 from tests.fuzz.__main__ import fuzz
-from tests.support.archives import header, link, member, tar
+from tests.support.archives import header, link, member, tar, zip_of
 from tests.support.fuzzing import LIMITS, Outcome, check, check_all, quick_folder
 from tests.support.mutating import Input
 
@@ -61,6 +62,18 @@ def test_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     outcome = check(tmp_path / "bench", Input("tar", FOUND[name]), monkeypatch)
     assert outcome.error is not None
     assert outcome.error[0] == "ArtifactCorrupt"
+
+
+def test_found_in_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A zip whose directory puts two entries behind the end of the file is refused."""
+    monkeypatch.setattr(unpacking, "LIMITS", LIMITS)
+    data = bytearray(zip_of({"a": b"1", "b": b"2", "c": b"3"}))
+    at = data.index(b"PK\x01\x02")
+    for offset in (2**31, 2**31 + 1000):
+        at = data.index(b"PK\x01\x02", at + 4)
+        struct.pack_into("<L", data, at + 42, offset)
+    outcome = check(tmp_path / "bench", Input("zip", bytes(data)), monkeypatch)
+    assert outcome.error is not None
 
 
 def test_sees_a_broken_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="bench-fetch-") as name:
         root = Path(name)
         root.chmod(0o755)
-        make(root, file=1024 * MIB // share, archive=640 * MIB // share, files=5000 // share)
+        sizes = {"file": 1024 * MIB // share, "archive": 640 * MIB // share, "folder": 5000 // share}
+        wanted = {case: size if case in (chosen.case or KEYS) else 0 for case, size in sizes.items()}
+        make(root, file=wanted["file"], archive=wanted["archive"], files=wanted["folder"])
         with serving(root) as endpoint:
             for case in chosen.case or list(KEYS):
                 figures = _measure(root, endpoint, case, chosen.row or list(ROWS), chosen.rounds)

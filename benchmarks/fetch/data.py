@@ -19,13 +19,14 @@ _MEMBER = 64 * MIB
 
 
 def make(root: Path, *, file: int, archive: int, files: int) -> None:
-    """Make all three: bytes of the file, about so many of the archive, number of small files."""
+    """Make all three: bytes of the file, about so many of the archive, number of small files; 0: without it."""
     folder = root / "data" / BUCKET
     folder.mkdir(parents=True)
     with (folder / FILE).open("wb") as out:
         for _ in range(file // MIB):
             out.write(os.urandom(MIB))
-    _make_archive(folder, archive)
+    if archive:
+        _make_archive(folder, archive)
     (folder / FOLDER).mkdir()
     block = os.urandom(SMALL)
     for number in range(files):

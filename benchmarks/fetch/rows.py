@@ -223,7 +223,7 @@ def s3fs(job: Job) -> Callable[[], None]:
             keys = [entry for entry in system.find(f"{BUCKET}/{job.key}") if not entry.endswith("/")]
             system.get(keys, [str(job.target / entry.rpartition("/")[2]) for entry in keys])
             return
-        system.get(f"{BUCKET}/{job.key}", str(job.target / job.key))
+        system.get_file(f"{BUCKET}/{job.key}", str(job.target / job.key))
         _unpack(job, job.target / job.key)
 
     return run

@@ -7,8 +7,10 @@ user's, there is no pattern, and the client itself sends all requests (``s3_get`
 """
 
 import io
+import re
 import ssl
 import threading
+import time
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import attrs
 
+from modelcache.sources.s3_sigv4 import ALGORITHM, signature, signing_key
 from modelcache.sources.s3_wire import Host
 
 _SAFE = "/~"  # what botocore leaves as it is in a key
@@ -49,6 +52,7 @@ _EACH_ANEW = frozenset(
 )
 _READ = ("_verify", "_cert_file", "_key_file")  # of the client's HTTP session
 _SIGNED = "AWS4-HMAC-SHA256 Credential="
+_AUTHORIZATION = r"AWS4-HMAC-SHA256 Credential=[^/]+/([^,]+), SignedHeaders=([^,]+), Signature=([0-9a-f]{64})"
 _SCOPE = 5  # parts of a credential's scope: key, date, region, service, aws4_request
 
 
@@ -62,6 +66,7 @@ class Pattern:
         headers: those that all of them have.
         credentials: botocore's, refreshed by itself; None: anonymous.
         service, region: that the signature is for.
+        content: digest of the (empty) body, as the client tells it; empty where only botocore signs as botocore does.
     """
 
     base: str
@@ -70,6 +75,8 @@ class Pattern:
     credentials: Any
     service: str
     region: str
+    content: str = ""
+    _keys: dict[tuple[str, str], bytes] = attrs.field(factory=dict, repr=False)  # of one day: secret and scope to key
 
     def request(self, key: str, pin: str | None, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """Return target and headers of a GET, signed; ``pin`` is a VersionId.
@@ -85,14 +92,32 @@ class Pattern:
         host = self.base.partition("://")[2]
         if self.credentials is None:
             return {"Host": host, **headers}
+        frozen = self.credentials.get_frozen_credentials()
+        # The others, such as User-Agent and If-Match, need no signature.
+        amz = {name: value for name, value in headers.items() if name.startswith("x-amz-")}
+        if self.content:
+            return {"Host": host, **headers, **self._own_signature(frozen, target, {"host": host, **amz})}
         from botocore.auth import S3SigV4Auth  # noqa: PLC0415 - late: slow to import
         from botocore.awsrequest import AWSRequest  # noqa: PLC0415 - the same
 
-        # The others, such as User-Agent and If-Match, need no signature, and each costs some microseconds.
-        amz = {name: value for name, value in headers.items() if name.startswith("x-amz-")}
         request = AWSRequest("GET", self.base + target, headers=amz)
-        S3SigV4Auth(self.credentials.get_frozen_credentials(), self.service, self.region).add_auth(request)
+        S3SigV4Auth(frozen, self.service, self.region).add_auth(request)
         return {"Host": host, **headers, **dict(request.headers.raw_items())}
+
+    def _own_signature(self, frozen: Any, target: str, headers: dict[str, str]) -> dict[str, str]:
+        """Return the headers that sign a request with these."""
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        scope = f"{moment[:8]}/{self.region}/{self.service}/aws4_request"
+        key = self._keys.get((frozen.secret_key, scope))
+        if key is None:
+            self._keys.clear()
+            key = self._keys[frozen.secret_key, scope] = signing_key(frozen.secret_key, scope)
+        added = {"x-amz-content-sha256": self.content, "x-amz-date": moment}
+        if frozen.token:
+            added["x-amz-security-token"] = frozen.token
+        signed, value = signature(key, scope, target, {**headers, **added})
+        whole = f"{ALGORITHM} Credential={frozen.access_key}/{scope}, SignedHeaders={signed}, Signature={value}"
+        return {**added, "authorization": whole}
 
 
 def pattern_of(client: Any, arguments: Mapping[str, Any]) -> Pattern | None:
@@ -128,8 +153,26 @@ def pattern_of(client: Any, arguments: Mapping[str, Any]) -> Pattern | None:
         access_key, _, region, service, _ = scope
         if access_key != credentials.get_frozen_credentials().access_key:
             return None  # of a session of its own, as in directory buckets
+    content = _content(headers, request.url, credentials) if credentials is not None else ""
     kept = {name: value for name, value in headers.items() if name not in _EACH_ANEW}
-    return Pattern(f"{url.scheme}://{_netloc(url)}", url.path.removesuffix(key), kept, credentials, service, region)
+    base = f"{url.scheme}://{_netloc(url)}"
+    return Pattern(base, url.path.removesuffix(key), kept, credentials, service, region, content)
+
+
+def _content(headers: Mapping[str, str], url: str, credentials: Any) -> str:
+    """Return the digest of the body that was signed, where our own signature of this request is that of botocore."""
+    told = re.fullmatch(_AUTHORIZATION, headers["authorization"])
+    split = urllib.parse.urlsplit(url)
+    given = {"host": _netloc(split), **headers}
+    if told is None or not {*told[2].split(";"), "x-amz-content-sha256", "x-amz-date"} <= given.keys():
+        return ""
+    key = signing_key(credentials.get_frozen_credentials().secret_key, told[1])
+    signed = {name: given[name] for name in told[2].split(";")}
+    try:
+        same = signature(key, told[1], split.path, signed) == (told[2], told[3])
+    except KeyError:  # it does not sign what this one has to
+        return ""
+    return headers["x-amz-content-sha256"] if same else ""
 
 
 def host_of(client: Any, pattern: Pattern, most: int) -> Host:

@@ -187,9 +187,10 @@ class Shelf:
 
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
-        book.gone([item.name])
-        with self._guard:
-            self.index.forget(item)
+        if item.state in {State.PRESENT, State.DOOMED}:  # else who removes it says when its bytes are gone
+            book.gone([item.name])
+            with self._guard:
+                self.index.forget(item)
 
     def release(self, held: Held) -> None:
         """Let go of a pinned artifact; one that was to be deleted, or was replaced, goes with its last pin."""

@@ -35,7 +35,7 @@ def reconcile(store: Store) -> None:
 def _correct(book: Book, fresh: list[Published], lost: list[str]) -> None:
     known = book.names()
     book.add(((at.name, at.record, at.used) for at in fresh if at.name not in known), State.PRESENT, None)
-    book.gone(lost)
+    book.gone(name for name in lost if known.get(name) in {State.PRESENT, State.DOOMED})  # else somebody removes it
 
 
 def _clear(store: Store, name: str) -> None:

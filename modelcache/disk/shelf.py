@@ -406,6 +406,7 @@ class Shelf:
         """
         kept = list(kept)
         self._store.reset_after_fork(held.pin for held in kept if held.pin is not None)
+        self._agreed.reset_after_fork()
         self.index.reset_after_fork()
         for held in kept:
             self.index.pin(held.item)
@@ -430,6 +431,6 @@ class Shelf:
     def close(self) -> None:
         """Remove this process's temporary folder; the artifacts stay for the next start."""
         with contextlib.suppress(OSError, ModelCacheError):  # or the next start knows less of who was used last
-            self._agreed.tell()
+            self._agreed.end()
         self._closed = True
         self._store.close()

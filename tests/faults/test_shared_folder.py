@@ -1,6 +1,7 @@
 """Faults of several processes that share a disk folder and a budget, by number: real processes, real signals."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -249,6 +250,23 @@ def test_f041_ledger_over_a_fork(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     with small_cache(tmp_path, DictSource()) as cache:
         assert cache.stats().disk_used == allocated(tmp_path / "disk")
+
+
+def test_f039_start_beside_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F039: a process whose new temporary folder is swept before it has locked it starts all the same."""
+    lock, swept = fcntl.flock, []
+
+    def sweep_first(descriptor: int, operation: int) -> None:
+        if not swept:
+            swept.extend((tmp_path / "disk" / "tmp").iterdir())
+            shutil.rmtree(swept[0])
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", sweep_first)
+    with small_cache(tmp_path, DictSource().add("a")) as cache:
+        assert cache.get("a").name == "a"
+        (own,) = (tmp_path / "disk" / "tmp").iterdir()
+    assert own not in swept
 
 
 def test_f022_locks_that_exclude_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

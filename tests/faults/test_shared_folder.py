@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from modelcache import ConfigError, DiskTier
+from modelcache.disk import pins
 from tests.support.children import finish, run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import allocated, small_cache
@@ -267,6 +268,15 @@ def test_f039_start_beside_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert cache.get("a").name == "a"
         (own,) = (tmp_path / "disk" / "tmp").iterdir()
     assert own not in swept
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="needs locks of an open file")
+def test_f039_start_beside_a_start(tmp_path: Path) -> None:
+    """F039: a process starts though another one is stopped in the middle of trying whether locks exclude."""
+    with small_cache(tmp_path, DictSource().add("a")), (tmp_path / "disk" / "leases").open("rb+") as file:
+        pins._set(file.fileno(), fcntl.F_WRLCK, 0)
+        with small_cache(tmp_path, DictSource().add("a")) as cache:
+            assert cache.get("a").name == "a"
 
 
 def test_f022_locks_that_exclude_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

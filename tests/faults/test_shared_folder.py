@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from modelcache import ConfigError, DiskTier
+from modelcache import ConfigError, DiskTier, SourceUnavailable
 from modelcache.disk import pins
 from tests.support.children import finish, run, start
 from tests.support.fakes import DictSource
-from tests.support.racing import allocated, small_cache
+from tests.support.racing import Call, Gate, allocated, small_cache
 
 # A process that brings one model in; the source stops at each read until it is let go by a line on its standard input.
 FETCHES = """
@@ -112,6 +112,29 @@ def test_one_budget_for_all_processes(tmp_path: Path, children: "list[subprocess
         assert waiting.wait(10), waiting.progress
         assert not waiting.errors
         assert cache.stats().disk_used == allocated(tmp_path / "disk") <= budget
+
+
+def test_bytes_count_until_their_remover_has_deleted_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants to read an artifact that another is removing goes on counting its bytes until these are gone."""
+    source = DictSource().add("a", size=40_000)
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source, retry_after=0) as two:
+        one.get("a")
+        one.unload("a")
+        ours, theirs = two._parts.shelf._store, one._parts.shelf._store
+        read, delete, pin, discard = Gate(), Gate(), ours.pin, theirs.discard
+        monkeypatch.setattr(ours, "pin", lambda name: (read(), pin(name))[1])
+        monkeypatch.setattr(theirs, "discard", lambda folder: (delete(), discard(folder))[1])
+        reading = Call(two.get, "a")
+        read.wait()
+        removing = Call(one.delete, "a")
+        delete.wait()
+        source.down = SourceUnavailable("down", model="a", source=source.url)
+        read.open()
+        assert isinstance(reading.error(), SourceUnavailable)
+        assert two.stats().disk_used == allocated(tmp_path / "disk") > 0
+        delete.open()
+        assert removing.result() is True
+        assert two.stats().disk_used == 0
 
 
 def test_f024_liveness_is_no_process_id(tmp_path: Path) -> None:

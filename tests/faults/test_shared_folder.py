@@ -15,6 +15,9 @@ import pytest
 
 from modelcache import ConfigError, DiskTier, SourceUnavailable
 from modelcache.disk import pins
+from modelcache.disk.book import Book, State
+from modelcache.disk.store import Store
+from modelcache.disk.sweeping import sweep
 from tests.support.children import finish, run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import Call, Gate, allocated, small_cache
@@ -135,6 +138,39 @@ def test_bytes_count_until_their_remover_has_deleted_them(tmp_path: Path, monkey
         delete.open()
         assert removing.result() is True
         assert two.stats().disk_used == 0
+
+
+DIES_PUBLISHING = """
+cache = small_cache(Path(sys.argv[1]), DictSource().add("a", size=40_000))
+store = cache._parts.shelf._store
+publish = store.publish
+store.publish = lambda staged, name: (publish(staged, name), os._exit(0))
+cache.get("a")
+"""
+
+
+def test_one_of_two_that_bury_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dead process left is given to all once: who is late does not call gone what a third removes by then."""
+    run(DIES_PUBLISHING, tmp_path)
+    late = Store(tmp_path / "disk", 0o700)
+    delete, removing = Gate(), []
+    with contextlib.ExitStack() as stack:
+
+        def is_there(name: str) -> bool:
+            cache = stack.enter_context(small_cache(tmp_path, DictSource()))
+            discard = cache.disk.store.discard
+            monkeypatch.setattr(cache.disk.store, "discard", lambda folder: (delete(), discard(folder))[1])
+            removing.append(Call(cache.delete, "a"))
+            delete.wait()
+            return (tmp_path / "disk" / "models" / name).exists()
+
+        monkeypatch.setattr(late, "exists", is_there)
+        sweep(late)
+        assert list(late.ledger.look(Book.names).values()) == [State.LEAVING]
+        delete.open()
+        assert removing[0].result() is True
+    assert late.ledger.look(Book.names) == {}
+    late.close()
 
 
 def test_f024_liveness_is_no_process_id(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ ARGS ?=
 
 export UV_PYTHON_DOWNLOADS := never
 .DEFAULT_GOAL := help
-.PHONY: help env install test stress coverage demo lint format types docs bench clean
+.PHONY: help env install test stress crowd coverage demo lint format types docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: install ## build the wheel, test it here, then its quick part on every oth
 
 stress: install ## the slow tests: minutes
 	$(PY) tests/run.py --uv $(UV) --marks slow -- --timeout=600 $(ARGS)
+
+crowd: install ## eight processes on one disk folder, killed and stopped for a minute; prints its figures
+	$(PY) tests/run.py --uv $(UV) --marks slow -- --timeout=600 -s tests/stress/test_crowd.py $(ARGS)
 
 coverage: .venv/env.stamp ## test the tree and print the lines and branches that were missed
 	$(PY) -m pytest -m 'not slow' --cov --cov-report=term-missing $(ARGS)

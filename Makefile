@@ -10,7 +10,7 @@ ARGS ?=
 
 export UV_PYTHON_DOWNLOADS := never
 .DEFAULT_GOAL := help
-.PHONY: help env install test stress fuzz coverage demo lint format types docs bench clean
+.PHONY: help env install test stress crowd fuzz coverage demo lint format types docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ stress: install ## the slow tests: minutes
 
 fuzz: install ## a hundred thousand damaged archives: minutes
 	$(PY) tests/run.py --uv $(UV) --marks fuzz -- --capture=no $(ARGS)
+
+crowd: install ## eight processes on one disk folder, killed and stopped for a minute; prints its figures
+	$(PY) tests/run.py --uv $(UV) --marks slow -- --timeout=600 -s tests/stress/test_crowd.py $(ARGS)
 
 coverage: .venv/env.stamp ## test the tree and print the lines and branches that were missed
 	$(PY) -m pytest -m 'not slow and not fuzz' --cov --cov-report=term-missing $(ARGS)

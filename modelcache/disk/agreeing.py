@@ -3,7 +3,10 @@
 Each transaction with the ledger begins with what others have changed, so that what is decided in it holds for all.
 """
 
+import errno
 import json
+import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +20,7 @@ from modelcache.guard import Guard
 R = TypeVar("R")
 
 _BATCH = 64  # uses that are told at once, where nothing else is to be told
+_PATIENCE = 3.0  # seconds that the end of a cache waits for other processes to decide
 
 
 class FetchedElsewhere(Exception):
@@ -185,3 +189,29 @@ class Agreement:
         """Tell what others don't know yet."""
         if self._uses and self._store.writable:
             self.change(self.learn)
+
+    def end(self) -> None:
+        """Tell what others don't know yet, and that this process is done; what is still set aside for it stays so.
+
+        Raises:
+            OSError: the disk is full, or broken, or another process has stopped in the middle of a decision.
+        """
+        if not self._registered[1]:
+            return
+        deadline = time.monotonic() + _PATIENCE
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+        self.change(self._end, check)
+
+    def _end(self, book: Book) -> None:
+        self.learn(book)
+        book.leave(self._store.owner)
+        self._registering = ("", "")
+
+    def reset_after_fork(self) -> None:
+        """In a child: what the parent has yet to tell, and its reservations, are not ours."""
+        self._uses, self._stale = {}, set()
+        self._registered = self._registering = ("", "")

@@ -208,6 +208,10 @@ class Book:
         """Note a process."""
         self._sql("INSERT OR REPLACE INTO processes VALUES (?, ?)", (owner, settings))
 
+    def leave(self, owner: str) -> None:
+        """Forget that a process uses the folder, but nothing that is set aside for it."""
+        self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+
     def owned(self, owner: str) -> list[tuple[str, State]]:
         """Return the folders that a process was bringing or removing."""
         found = self._sql("SELECT name, state FROM artifacts WHERE owner = ? AND state != ?", (owner, State.GONE))

@@ -120,8 +120,8 @@ class RangePins:
         """
         first, second = self._open(), self._open()
         try:
-            _set(first, fcntl.F_WRLCK, 0)
             try:
+                _set(first, fcntl.F_WRLCK, 0)  # where another process is trying the same, this fails already
                 _set(second, fcntl.F_RDLCK, 0)
             except OSError as error:
                 if error.errno not in _BUSY:

@@ -188,9 +188,10 @@ class Shelf:
 
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
-        book.gone([item.name])
-        with self._guard:
-            self.index.forget(item)
+        if item.state in {State.PRESENT, State.DOOMED}:  # else who removes it says when its bytes are gone
+            book.gone([item.name])
+            with self._guard:
+                self.index.forget(item)
 
     def release(self, held: Held) -> None:
         """Let go of a pinned artifact; one that was to be deleted, or was replaced, goes with its last pin."""
@@ -406,6 +407,7 @@ class Shelf:
         """
         kept = list(kept)
         self._store.reset_after_fork(held.pin for held in kept if held.pin is not None)
+        self._agreed.reset_after_fork()
         self.index.reset_after_fork()
         for held in kept:
             self.index.pin(held.item)
@@ -430,6 +432,6 @@ class Shelf:
     def close(self) -> None:
         """Remove this process's temporary folder; the artifacts stay for the next start."""
         with contextlib.suppress(OSError, ModelCacheError):  # or the next start knows less of who was used last
-            self._agreed.tell()
+            self._agreed.end()
         self._closed = True
         self._store.close()

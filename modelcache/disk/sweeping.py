@@ -35,7 +35,7 @@ def reconcile(store: Store) -> None:
 def _correct(book: Book, fresh: list[Published], lost: list[str]) -> None:
     known = book.names()
     book.add(((at.name, at.record, at.used) for at in fresh if at.name not in known), State.PRESENT, None)
-    book.gone(lost)
+    book.gone(name for name in lost if known.get(name) in {State.PRESENT, State.DOOMED})  # else somebody removes it
 
 
 def _clear(store: Store, name: str) -> None:
@@ -65,11 +65,12 @@ def sweep(store: Store) -> None:
     for owner in dead:
         left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
         there = {name for name, _ in left if store.exists(name)}
-        store.ledger.change(lambda book, owner=owner, left=left, there=there: _bury(book, owner, left, there))  # type: ignore[misc]
+        store.ledger.change(lambda book, owner=owner, there=there: _bury(book, owner, there))  # type: ignore[misc]
 
 
-def _bury(book: Book, owner: str, left: list[tuple[str, State]], there: set[str]) -> None:
+def _bury(book: Book, owner: str, there: set[str]) -> None:
     """Forget a dead process; what it had just published is served, what it was removing goes first."""
+    left = book.owned(owner)  # anew: who buried it meanwhile has given that to all, and somebody may remove it now
     arrived = [name for name, state in left if name in there and state is State.ARRIVING]
     stayed = [name for name, state in left if name in there and state is not State.ARRIVING]
     book.mark(arrived, State.PRESENT, None)

@@ -74,7 +74,11 @@ class Workshop:
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _probe(folder)
+                if same(descriptor, folder):
+                    _probe(folder)
+                    self._descriptor = descriptor
+                    return folder
+                os.close(descriptor)  # a sweeper took it between its creation and the lock
             except BlockingIOError:  # a sweeper has it
                 os.close(descriptor)
                 continue
@@ -84,10 +88,6 @@ class Workshop:
                 if error.errno not in {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL}:
                     raise
                 raise no_locks(self._root.parent, error) from error
-            if same(descriptor, folder):
-                self._descriptor = descriptor
-                return folder
-            os.close(descriptor)  # a sweeper took it between its creation and the lock
 
     def name(self) -> Path:
         """Return a path in the folder that nobody else uses."""

@@ -1,6 +1,7 @@
 """Faults of several processes that share a disk folder and a budget, by number: real processes, real signals."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -12,10 +13,14 @@ from typing import Any
 
 import pytest
 
-from modelcache import ConfigError, DiskTier
+from modelcache import ConfigError, DiskTier, SourceUnavailable
+from modelcache.disk import pins
+from modelcache.disk.book import Book, State
+from modelcache.disk.store import Store
+from modelcache.disk.sweeping import sweep
 from tests.support.children import finish, run, start
 from tests.support.fakes import DictSource
-from tests.support.racing import allocated, small_cache
+from tests.support.racing import Call, Gate, allocated, small_cache
 
 # A process that brings one model in; the source stops at each read until it is let go by a line on its standard input.
 FETCHES = """
@@ -110,6 +115,62 @@ def test_one_budget_for_all_processes(tmp_path: Path, children: "list[subprocess
         assert waiting.wait(10), waiting.progress
         assert not waiting.errors
         assert cache.stats().disk_used == allocated(tmp_path / "disk") <= budget
+
+
+def test_bytes_count_until_their_remover_has_deleted_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants to read an artifact that another is removing goes on counting its bytes until these are gone."""
+    source = DictSource().add("a", size=40_000)
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source, retry_after=0) as two:
+        one.get("a")
+        one.unload("a")
+        ours, theirs = two._parts.shelf._store, one._parts.shelf._store
+        read, delete, pin, discard = Gate(), Gate(), ours.pin, theirs.discard
+        monkeypatch.setattr(ours, "pin", lambda name: (read(), pin(name))[1])
+        monkeypatch.setattr(theirs, "discard", lambda folder: (delete(), discard(folder))[1])
+        reading = Call(two.get, "a")
+        read.wait()
+        removing = Call(one.delete, "a")
+        delete.wait()
+        source.down = SourceUnavailable("down", model="a", source=source.url)
+        read.open()
+        assert isinstance(reading.error(), SourceUnavailable)
+        assert two.stats().disk_used == allocated(tmp_path / "disk") > 0
+        delete.open()
+        assert removing.result() is True
+        assert two.stats().disk_used == 0
+
+
+DIES_PUBLISHING = """
+cache = small_cache(Path(sys.argv[1]), DictSource().add("a", size=40_000))
+store = cache._parts.shelf._store
+publish = store.publish
+store.publish = lambda staged, name: (publish(staged, name), os._exit(0))
+cache.get("a")
+"""
+
+
+def test_one_of_two_that_bury_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dead process left is given to all once: who is late does not call gone what a third removes by then."""
+    run(DIES_PUBLISHING, tmp_path)
+    late = Store(tmp_path / "disk", 0o700)
+    delete, removing = Gate(), []
+    with contextlib.ExitStack() as stack:
+
+        def is_there(name: str) -> bool:
+            cache = stack.enter_context(small_cache(tmp_path, DictSource()))
+            discard = cache.disk.store.discard
+            monkeypatch.setattr(cache.disk.store, "discard", lambda folder: (delete(), discard(folder))[1])
+            removing.append(Call(cache.delete, "a"))
+            delete.wait()
+            return (tmp_path / "disk" / "models" / name).exists()
+
+        monkeypatch.setattr(late, "exists", is_there)
+        sweep(late)
+        assert list(late.ledger.look(Book.names).values()) == [State.LEAVING]
+        delete.open()
+        assert removing[0].result() is True
+    assert late.ledger.look(Book.names) == {}
+    late.close()
 
 
 def test_f024_liveness_is_no_process_id(tmp_path: Path) -> None:
@@ -249,6 +310,32 @@ def test_f041_ledger_over_a_fork(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     with small_cache(tmp_path, DictSource()) as cache:
         assert cache.stats().disk_used == allocated(tmp_path / "disk")
+
+
+def test_f039_start_beside_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F039: a process whose new temporary folder is swept before it has locked it starts all the same."""
+    lock, swept = fcntl.flock, []
+
+    def sweep_first(descriptor: int, operation: int) -> None:
+        if not swept:
+            swept.extend((tmp_path / "disk" / "tmp").iterdir())
+            shutil.rmtree(swept[0])
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", sweep_first)
+    with small_cache(tmp_path, DictSource().add("a")) as cache:
+        assert cache.get("a").name == "a"
+        (own,) = (tmp_path / "disk" / "tmp").iterdir()
+    assert own not in swept
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="needs locks of an open file")
+def test_f039_start_beside_a_start(tmp_path: Path) -> None:
+    """F039: a process starts though another one is stopped in the middle of trying whether locks exclude."""
+    with small_cache(tmp_path, DictSource().add("a")), (tmp_path / "disk" / "leases").open("rb+") as file:
+        pins._set(file.fileno(), fcntl.F_WRLCK, 0)
+        with small_cache(tmp_path, DictSource().add("a")) as cache:
+            assert cache.get("a").name == "a"
 
 
 def test_f022_locks_that_exclude_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

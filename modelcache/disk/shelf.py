@@ -131,12 +131,16 @@ class Shelf:
                     return None
                 self.index.pin(item)
                 item.used = time.time()
+            pin = None
             try:
                 pin = self._store.pin(item.name)
+                sound = pin is not None and self._sound(item)
             except BaseException:
+                if pin is not None:
+                    pin.close()
                 self._unpinned(item)
                 raise
-            if pin is not None and self._sound(item):
+            if pin is not None and sound:
                 self._agreed.touched(item)
                 return Held(item, self._store.folder(item.name), pin)
             self._lost(item, pin)

@@ -111,7 +111,7 @@ class Shelf:
 
     def look(self) -> None:
         """Learn what other processes have changed, where that can be done now; never raises."""
-        if not self.busy and not self._closed:
+        if not self.busy and not self._guard.busy and not self._closed:  # never the ledger from under the guard
             with contextlib.suppress(OSError):
                 self._agreed.look_at_others()
 

@@ -112,3 +112,57 @@ def test_handler_forks_inside_a_transaction(tmp_path: Path) -> None:
         tmp_path,
     )
     assert said == "whole\n"
+
+
+def test_handler_looks_while_another_thread_decides(tmp_path: Path) -> None:
+    """A handler that interrupts this thread under the guard may call stats(), though another thread is in the ledger."""
+    said = run(
+        """
+        cache = small_cache(Path(sys.argv[1]), DictSource().add("a"))
+        cache.get("a")
+        inside = threading.Event()
+        guard, ledger = cache._parts.guard, cache.disk.store.ledger
+        def decide(book):
+            inside.set()
+            with guard:
+                return True
+        looked = []
+        signal.signal(signal.SIGUSR1, lambda *_: looked.append((cache.stats().models, len(cache.models()))))
+        with guard:
+            other = Call(ledger.change, decide)
+            assert inside.wait(5)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert other.result()
+        print(looked)
+        cache.close()
+        """,
+        tmp_path,
+    )
+    assert said == "[(1, 1)]\n"
+
+
+@pytest.mark.parametrize("verb", ["get('b')", "prefetch(['b'])", "refresh('a')", "delete('a')"])
+def test_handler_calls_inside_a_transaction(tmp_path: Path, verb: str) -> None:
+    """A verb from a handler inside this thread's transaction is refused at once; looks, leases' ends and close() are not."""
+    said = run(
+        f"""
+        cache = small_cache(Path(sys.argv[1]), DictSource().add("a", "b"), memory={{"max_models": 1}})
+        lease = cache.lease("a")
+        lease.acquire()
+        errors = []
+        def handle(*_):
+            assert cache.stats().models == len(cache.models()) == 1
+            try: cache.{verb}
+            except ModelCacheError as error: errors.append(str(error))
+            lease.release()
+            assert cache.close() is False
+        signal.signal(signal.SIGUSR1, handle)
+        cache.disk.store.ledger.change(lambda book: os.kill(os.getpid(), signal.SIGUSR1))
+        assert "hand it to another thread" in errors[0]
+        assert eventually(lambda: cache.close(timeout=5))
+        assert not list(Path(sys.argv[1]).glob("disk/tmp/*"))
+        print("refused")
+        """,
+        tmp_path,
+    )
+    assert said == "refused\n"

@@ -8,7 +8,7 @@ decided in one, ``disk.index`` and ``disk.reserving``.
 import enum
 import secrets
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -104,12 +104,16 @@ class Book:
 
     Args:
         connection: where it runs.
+
+    Attributes:
+        undo: what is called, under the guard, where the transaction fails.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._sql = connection.execute
         self._many = connection.executemany
         self._seq: int | None = None
+        self.undo: list[Callable[[], object]] = []
 
     def _meta(self, key: str) -> str | int:
         (value,) = self._sql("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()

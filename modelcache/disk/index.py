@@ -237,7 +237,12 @@ class Index:
         for item in sorted(fresh, key=lambda item: item.used):
             if self.models.get(item.model) is item:
                 self._policy.requested(item.model, self._clock)
-        self._epoch, self._seq = epoch, seq
+        if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
+            self._epoch, self._seq = epoch, seq
+
+    def doubt(self) -> None:
+        """Have all be learned anew: something was learned that did not come about."""
+        self._epoch = ""
 
     def _learn(self, row: Row, me: str) -> Item | None:
         """Take in one row; return the item where it is new here."""

@@ -174,6 +174,11 @@ class Store:
         """The name under which the ledger knows this process: of its temporary folder, which it has locked."""
         return self._workshop.folder().name if self.writable else "reader"
 
+    def adopt(self) -> None:
+        """In a child of a process that opened this and gave it no cache: have a temporary folder of our own."""
+        if not self._workshop.mine:
+            self.reset_after_fork(())
+
     def before_fork(self) -> None:
         """Close what must not come over a fork."""
         self.ledger.before_fork()
@@ -233,6 +238,11 @@ class Store:
         """Make a sealed folder visible to all processes."""
         staged.rename(self._models / name)
         sync(self._models)
+
+    def withdraw(self, name: str, staged: Path) -> None:
+        """Take a folder back whose publication failed halfway; never raises."""
+        with contextlib.suppress(OSError):
+            (self._models / name).rename(staged)
 
     def names(self) -> set[str] | None:
         """Return the names of all published folders; what others put beside them is not looked at.

@@ -95,7 +95,7 @@ class Machinery(Generic[T]):
         self.disk.bind(self.source.url, self._disk_retuned)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
-        agreed = Agreement(self.disk.store, self.source.url, index, self.guard)
+        agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
         self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, _Upstairs(self), self.teller)
         self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, self.disk_room, self.teller)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)

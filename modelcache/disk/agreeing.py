@@ -5,6 +5,7 @@ Each transaction with the ledger begins with what others have changed, so that w
 
 import errno
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,9 +17,11 @@ from modelcache.disk.store import Store
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
 from modelcache.telling import complain
+from modelcache.units import format_bytes
 
 R = TypeVar("R")
 
+_log = logging.getLogger("modelcache")
 _REST = 5.0  # seconds until uses are told again where that failed
 _BATCH = 64  # uses that are told at once, where nothing else is to be told
 
@@ -37,9 +40,13 @@ class Agreement:
         source: URL of the cache's source.
         index: what this process knows.
         guard: the cache's lock.
+        budget: returns the bytes that the tier may take at this moment; None: no such bound.
     """
 
-    def __init__(self, store: Store, source: str, index: Index, guard: Guard) -> None:
+    def __init__(
+        self, store: Store, source: str, index: Index, guard: Guard, budget: Callable[[], int | None] = lambda: None
+    ) -> None:
+        self._budget = budget
         self._store = store
         self._source = source
         self._index = index
@@ -47,7 +54,7 @@ class Agreement:
         self._uses: dict[str, tuple[float, int]] = {}
         self._debts: list[Callable[[Book], object]] = []  # what could not be told yet
         self._rest = 0.0  # monotonic time until which uses are not told
-        self._registered = ("", "")  # epoch and owner under which the ledger knows this process
+        self._registered = ("", "", "")  # epoch, owner and settings under which the ledger knows this process
 
     @property
     def busy(self) -> bool:
@@ -93,6 +100,20 @@ class Agreement:
             self._debts.append(decide)
             return None
 
+    def warn(self) -> None:
+        """Log where another cache has the folder with another budget: the smaller one decides what stays."""
+        mine, budget = self._store.owner, self._budget()
+        told = self._store.ledger.look(Book.settings)
+        others = {json.loads(text).get("budget") for owner, text in told.items() if owner != mine} - {budget}
+        if others:
+            _log.warning(
+                "%s is shared by caches with different budgets, here %s, elsewhere %s: each makes room by its own, so "
+                "give all the same",
+                self._store.path,
+                _told(budget),
+                " and ".join(sorted(map(_told, others))),
+            )
+
     def drop(self, staging: Staging, debris: Path | None) -> None:
         """Give a reservation back; what can't be deleted now counts until it is gone."""
         self.settle(lambda book: self._drop(book, staging, debris))
@@ -135,14 +156,15 @@ class Agreement:
     def learn(self, book: Book) -> None:
         """Catch up at the beginning of a transaction that writes, and tell what others don't know yet."""
         epoch, owner = self._catch_up(book), self._store.owner
-        if self._registered != (epoch, owner) and self._store.writable:
-            book.register(owner, json.dumps({"source": self._source}))
+        settings = json.dumps({"source": self._source, "budget": self._budget()})
+        if self._registered != (epoch, owner, settings) and self._store.writable:
+            book.register(owner, settings)
             with self._guard:
                 stagings = [staging for staging in self._index.stagings if staging.listed]
             for staging in stagings:
                 self.hold(book, staging, staging.reserved)
             book.undo.append(self._unregister)
-            self._registered = (epoch, owner)
+            self._registered = (epoch, owner, settings)
         with self._guard:
             uses, self._uses = self._uses, {}
         if uses:
@@ -151,7 +173,7 @@ class Agreement:
         self.count(book)
 
     def _unregister(self) -> None:
-        self._registered = ("", "")
+        self._registered = ("", "", "")
 
     def _untold(self, uses: dict[str, tuple[float, int]]) -> None:
         for name, (used, times) in uses.items():
@@ -227,6 +249,10 @@ class Agreement:
         except OSError as error:  # the disk is full, or a process was stopped while it wrote: no reason to fail a hit
             self._rest = time.monotonic() + _REST
             complain("the ledger in %s can't be written: tried again later", self._store.path, error=error)
+
+
+def _told(budget: int | None) -> str:
+    return "no budget" if budget is None else f"a budget of {format_bytes(budget)}"
 
 
 def patience(seconds: float = 1.0) -> Callable[[], None]:

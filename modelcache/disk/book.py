@@ -212,6 +212,10 @@ class Book:
         """Note a process."""
         self._sql("INSERT OR REPLACE INTO processes VALUES (?, ?)", (owner, settings))
 
+    def settings(self) -> dict[str, str]:
+        """Return what each process has said of itself, as JSON."""
+        return dict(self._sql("SELECT owner, settings FROM processes").fetchall())
+
     def owned(self, owner: str) -> list[tuple[str, State]]:
         """Return the folders that a process was bringing or removing."""
         found = self._sql("SELECT name, state FROM artifacts WHERE owner = ? AND state != ?", (owner, State.GONE))

@@ -94,6 +94,7 @@ class Shelf:
         if store.writable:
             with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
                 agreed.change(agreed.learn, patience())
+            agreed.warn()
 
     @property
     def mode(self) -> int:

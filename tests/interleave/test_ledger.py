@@ -1,7 +1,8 @@
 """The ledger that processes share, at its seams: locks, forks, signals, rollbacks, full disks, stopped processes."""
 
 import contextlib
-import os
+import logging
+import signal
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 
 from modelcache import DiskTier
-from tests.support.children import run
+from tests.support.children import run, start
 from tests.support.fakes import DictSource
-from tests.support.racing import small_cache
+from tests.support.racing import allocated, small_cache
+from tests.support.waiting import eventually
 
 
 def ledger_of(folder: Path) -> Path:
@@ -166,3 +168,178 @@ def test_handler_calls_inside_a_transaction(tmp_path: Path, verb: str) -> None:
         tmp_path,
     )
     assert said == "refused\n"
+
+
+def test_tier_made_before_a_fork(tmp_path: Path) -> None:
+    """A tier that gets its cache only in the children of a fork gives each a temporary folder of its own."""
+    said = run(
+        """
+        folder = Path(sys.argv[1])
+        disk = DiskTier(folder / "disk", min_free=0)
+        assert not any("ledger" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                       if os.path.lexists(f"/proc/self/fd/{fd}"))
+        names = []
+        for _ in range(2):
+            get, put = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                cache = ModelCache(DictSource().add("a"), load_model, disk=disk)
+                cache.get("a")
+                os.write(put, disk.store.owner.encode())
+                os._exit(0 if cache.close() else 1)
+            assert os.waitpid(pid, 0)[1] == 0
+            names.append(os.read(get, 100))
+        assert len({*names, disk.store.owner.encode()}) == 3, names
+        print("apart")
+        """,
+        tmp_path,
+    )
+    assert said == "apart\n"
+
+
+class Stopped(BaseException):
+    """An interrupt."""
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, cache: Any, *, times: int, error: BaseException | None = None) -> list[str]:
+    """Have the next transactions that write fail at their end, as on a full disk; return what is still to fail."""
+    left = ["full"] * times
+    ledger = cache.disk.store.ledger
+    change = ledger.change
+
+    def failing(decide: Any, check: Any = None) -> Any:
+        def spoilt(book: Any) -> Any:
+            decide(book)
+            left.pop()
+            raise error or OSError(28, "full")
+
+        return change(spoilt if left else decide, check)
+
+    monkeypatch.setattr(ledger, "change", failing)
+    return left
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_full_ledger_while_a_model_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """A delete that the ledger could not note leaves nothing half: the model is served, or gone and not counted."""
+    with small_cache(tmp_path, DictSource().add("a", "b"), retry_after=0) as cache:
+        cache.prefetch(["a", "b"], tier="disk").wait(10)
+        left = fail(monkeypatch, cache, times=times)
+        while left:
+            with contextlib.suppress(OSError):
+                cache.delete("a")
+        assert cache.get("a").name == "a"
+        assert cache.delete("b")
+        assert cache.stats().disk_used == allocated(tmp_path / "disk")
+        assert not cache._parts.shelf.index.moving()
+
+
+def test_ctrl_c_between_the_removals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of removals that a lowered budget demands leaves nothing that goes on leaving."""
+    with small_cache(tmp_path, DictSource().add("a", "b", "c")) as cache:
+        cache.prefetch(["a", "b", "c"], tier="disk").wait(10)
+        store = cache.disk.store
+        remove, calls = store.remove, list[str]()
+
+        def interrupted(name: str) -> Any:
+            calls.append(name)
+            if len(calls) == 2:
+                raise Stopped
+            return remove(name)
+
+        monkeypatch.setattr(store, "remove", interrupted, raising=False)
+        with pytest.raises(Stopped):
+            cache.disk.budget = 4096
+        monkeypatch.undo()
+        assert not cache._parts.shelf.index.moving()
+        assert cache.stats().disk_used == allocated(tmp_path / "disk") > 0
+
+        def empty() -> bool:
+            cache.disk.budget = 4096
+            return cache.stats().disk_used == allocated(tmp_path / "disk") == 0
+
+        eventually(empty)
+
+
+@pytest.mark.parametrize("step", ["sync", "pin", "arrived"])
+def test_publication_that_fails_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """A publication that fails after its rename, or that the ledger can't note, leaves nothing uncounted or for ever on
+    its way."""
+    with small_cache(tmp_path, DictSource().add("a", "b"), retry_after=0) as cache:
+        store, failures = cache.disk.store, [OSError(24, "no descriptor")]
+
+        def failing(*_: Any, **__: Any) -> Any:
+            raise failures[0]
+
+        with monkeypatch.context() as patch:
+            if step == "sync":
+                patch.setattr("modelcache.disk.store.sync", lambda path: failing() if path.name == "models" else None)
+            elif step == "pin":
+                patch.setattr(store, "pin", failing, raising=False)
+            else:
+                patch.setattr(cache._parts.shelf, "_arrived", failing)
+            with contextlib.suppress(Exception):
+                cache.get("a")
+        assert cache.get("a").name == "a"
+        assert cache.get("b").name == "b"
+        assert cache.stats().disk_used == allocated(tmp_path / "disk")
+        assert not cache._parts.shelf.index.moving()
+        assert len(list((tmp_path / "disk" / "models").iterdir())) == 2
+
+
+STOPS = """
+folder = Path(sys.argv[1])
+cache = small_cache(folder, DictSource())
+def stop(book):
+    book.register("somebody", "{}")
+    print("inside", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+cache.disk.store.ledger.change(stop)
+os._exit(0)
+"""
+
+
+def test_process_stopped_inside_a_transaction(tmp_path: Path) -> None:
+    """While a process is stopped in the middle of a change, hits, looks, starts and ends go on; fetches wait for it."""
+    names = [f"m{number}" for number in range(70)]
+    with small_cache(tmp_path, DictSource().add(*names)) as cache:
+        assert cache.prefetch(names, tier="disk").wait(30)
+        child = start(STOPS, tmp_path, watchdog=60)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "inside\n"
+            for name in names:  # more than are told at once
+                assert cache.get(name, timeout=5).name == name
+                assert cache.unload(name)
+            with small_cache(tmp_path, DictSource().add("m1", "new"), retry_after=0) as other:
+                assert other.get("m1", timeout=5).name == "m1"
+                assert other.stats().disk_used == cache.stats().disk_used
+                with pytest.raises(TimeoutError):
+                    other.get("new", timeout=0.5)
+                waiting = other.prefetch(["new"], tier="disk")
+                child.send_signal(signal.SIGCONT)
+                assert waiting.wait(10)
+                assert not waiting.errors
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def test_budgets_that_differ_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who opens a folder that another cache uses with another budget is told so at construction, with both figures."""
+    caplog.set_level(logging.WARNING, "modelcache")
+    with small_cache(tmp_path, DictSource(), disk={"budget": "1 MiB"}) as one:
+        with small_cache(tmp_path, DictSource(), disk={"budget": "1 MiB"}):
+            assert not caplog.messages
+        with small_cache(tmp_path, DictSource(), disk={"budget": "2 MiB"}):
+            assert "budget of 2.0 MiB" in caplog.text
+            assert "1.0 MiB" in caplog.text
+        caplog.clear()
+        one.disk.budget = "2 MiB"
+        with small_cache(tmp_path, DictSource(), disk={"budget": "2 MiB"}):
+            assert not caplog.messages
+        with small_cache(tmp_path, DictSource()):
+            assert "no budget" in caplog.text
+    caplog.clear()
+    with small_cache(tmp_path, DictSource(), disk={"budget": "3 MiB"}):
+        assert not caplog.messages

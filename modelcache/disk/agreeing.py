@@ -3,7 +3,6 @@
 Each transaction with the ledger begins with what others have changed, so that what is decided in it holds for all.
 """
 
-import errno
 import json
 import logging
 import time
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from modelcache.disk.book import Book, Hold, State
 from modelcache.disk.index import Index, Item, Others, Staging
+from modelcache.disk.ledger import patience
 from modelcache.disk.store import Store
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
@@ -253,14 +253,3 @@ class Agreement:
 
 def _told(budget: int | None) -> str:
     return "no budget" if budget is None else f"a budget of {format_bytes(budget)}"
-
-
-def patience(seconds: float = 1.0) -> Callable[[], None]:
-    """Return a check for ``change`` that raises TimeoutError after some seconds."""
-    until = time.monotonic() + seconds
-
-    def check() -> None:
-        if time.monotonic() > until:
-            raise TimeoutError(errno.ETIMEDOUT, f"another process is in the middle of a change for over {seconds} s")
-
-    return check

@@ -268,6 +268,17 @@ class Ledger:
             self._disconnect()
 
 
+def patience(seconds: float = 1.0) -> Callable[[], None]:
+    """Return a check for ``change`` that raises TimeoutError after some seconds."""
+    until = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise TimeoutError(errno.ETIMEDOUT, f"another process is in the middle of a change for over {seconds} s")
+
+    return check
+
+
 def _unlink(*names: str) -> None:
     for name in names:
         with contextlib.suppress(FileNotFoundError):

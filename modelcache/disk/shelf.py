@@ -11,10 +11,11 @@ from pathlib import Path
 
 import attrs
 
-from modelcache.disk.agreeing import Agreement, patience
+from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
 from modelcache.disk.index import RECHECK, Index, Item, Staging, Wish
 from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
+from modelcache.disk.ledger import patience
 from modelcache.disk.pins import Pin
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.sweeping import sweep

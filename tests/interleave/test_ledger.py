@@ -343,3 +343,66 @@ def test_budgets_that_differ_are_told(tmp_path: Path, caplog: pytest.LogCaptureF
     caplog.clear()
     with small_cache(tmp_path, DictSource(), disk={"budget": "3 MiB"}):
         assert not caplog.messages
+
+
+KILLED = """
+folder, step = Path(sys.argv[1]), sys.argv[2]
+import modelcache.disk.store as module, modelcache.disk.ledger, modelcache.disk.book
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+def dies_at(kind, name, when):
+    old, left = getattr(kind, name), [when]
+    def call(*args, **kwargs):
+        left[0] -= 0.5
+        if left[0] == -0.5: die()
+        result = old(*args, **kwargs)
+        left[0] -= 0.5
+        if left[0] == -0.5: die()
+        return result
+    setattr(kind, name, call)
+cache = small_cache(folder, DictSource().add("a", "b", "c"))
+cache.prefetch(["a", "b"], tier="disk").wait(10)
+Store, Book, Ledger = module.Store, modelcache.disk.book.Book, modelcache.disk.ledger.Ledger
+where, name, when = step.split()
+if where in {"Lost", "Ledger"}:
+    for path in (folder / "disk").glob("ledger*"): path.unlink()
+dies_at({"Store": Store, "Book": Book, "Ledger": Ledger, "Lost": Book, "module": module}[where], name, float(when))
+if name in {"remove", "discard", "gone", "mark"}:
+    cache.disk.budget = 8192
+else:
+    cache.get("c")
+print("lived")
+"""
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *("Store stage 0", "Store stage 0.5", "Store seal 0", "Store seal 0.5", "Book add 0", "Book add 0.5"),
+        *("Store publish 0", "module sync 2", "Store publish 0.5", "Store pin 0", "Book add 1", "Book add 1.5"),
+        *("Book mark 0", "Book mark 0.5", "Store remove 0", "Store remove 0.5", "Store discard 0", "Store discard 0.5"),
+        *("Book gone 0", "Book gone 0.5", "Lost add 0", "Lost add 0.5", "Ledger _prepare 0", "Ledger _prepare 0.5"),
+        "Store _fill 0",
+    ],
+)
+def test_killed_at_each_step(tmp_path: Path, step: str) -> None:
+    """Wherever a process is killed, the next one counts all there is, serves what it says it has, and fetches the rest."""
+    out = run(KILLED, tmp_path, step, code=None)
+    assert out in {"", "lived\n"}
+    if not step.startswith("module"):
+        assert out == "", "it was not killed there"
+    source = DictSource().add("a", "b", "c")
+    with small_cache(tmp_path, source) as cache:
+        assert len(list((tmp_path / "disk" / "tmp").iterdir())) == 1
+        assert cache.stats().disk_used == allocated(tmp_path / "disk")
+        served = {row.model for row in cache.models()}
+        for name in "abc":
+            assert cache.get(name, timeout=5).name == name
+        assert served.isdisjoint(source.opens)
+        assert not cache._parts.shelf.index.moving()
+        for name in "abc":
+            cache.delete(name)
+        cache.disk.budget = 4096
+        assert cache.stats().disk_used == allocated(tmp_path / "disk") == 0
+    with contextlib.closing(sqlite3.connect(ledger_of(tmp_path))) as connection:
+        assert connection.execute("SELECT count(*) FROM holds").fetchall() == [(0,)]

@@ -64,7 +64,7 @@ class Agreement:
     def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
         """Run a transaction that reads and writes; see ``Ledger.change``."""
         self._refuse_nesting()
-        debts, tries = list(self._debts), []
+        debts, tries = list(self._debts), list[Book]()
 
         def run(book: Book) -> R:
             self._undo(tries)

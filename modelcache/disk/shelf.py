@@ -383,7 +383,7 @@ class Shelf:
         return Held(item, self._store.folder(name), pin)
 
     def _same(self, item: Item) -> Item:
-        """Return what is known now under a pinned item's name: the ledger may have been made anew; the guard is held."""
+        """Return what is now known under a pinned item's name: the ledger may be a new one; the guard is held."""
         now = self.index.items.get(item.name, item)
         if now is not item:
             self.index.pin(now)

@@ -405,3 +405,50 @@ def test_killed_at_each_step(tmp_path: Path, step: str) -> None:
         assert cache.stats().disk_used == allocated(tmp_path / "disk") == 0
     with contextlib.closing(sqlite3.connect(ledger_of(tmp_path))) as connection:
         assert connection.execute("SELECT count(*) FROM holds").fetchall() == [(0,)]
+
+
+def test_ledger_lost_in_the_middle_of_a_publication(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published into a ledger that was made anew meanwhile, by another cache, is in it, counted and served."""
+    with (
+        small_cache(tmp_path, DictSource().add("a")) as one,
+        small_cache(tmp_path, DictSource().add("a", "b")) as two,
+    ):
+        store = one.disk.store
+        publish = store.publish
+
+        def lose(staged: Path, name: str) -> None:
+            for path in (tmp_path / "disk").glob("ledger*"):
+                path.unlink()
+            assert two.get("b").name == "b"
+            publish(staged, name)
+
+        monkeypatch.setattr(store, "publish", lose)
+        assert one.get("a").name == "a"
+        assert models_in(ledger_of(tmp_path)) == ["a", "b"]
+        assert one.stats().disk_used == two.stats().disk_used == allocated(tmp_path / "disk")
+        assert one.delete("a")
+        assert one.stats().disk_used == two.stats().disk_used == allocated(tmp_path / "disk")
+
+
+def test_delete_while_another_evicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delete of what another cache is about to evict holds where that finds it read, and lets it stay."""
+    with small_cache(tmp_path, DictSource().add("a")) as one, small_cache(tmp_path, DictSource().add("a")) as two:
+        one.get("a")
+        one.unload("a")
+        store = one.disk.store
+        remove, held = store.remove, list[Any]()
+
+        def meanwhile(name: str) -> Any:
+            pin = two.disk.store.pin(name)
+            held.append(pin)
+            assert not two.delete("a")
+            return remove(name)
+
+        monkeypatch.setattr(store, "remove", meanwhile)
+        one.disk.budget = 4096
+        monkeypatch.undo()
+        assert held
+        assert [row.model for row in one.models()] == []
+        held[0].close()
+        assert two.get("a").name == "a"
+        assert len(two._parts.fetcher.source.opens) == 1

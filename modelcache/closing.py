@@ -40,7 +40,7 @@ class Life:
     def close(self, timeout: float | None) -> bool:
         """Let running requests finish, unload everything, end all threads; see ``ModelCache.close``."""
         parts = self._parts
-        if parts.guard.busy or parts.shelf.busy:  # a signal handler: the decision that it interrupted must end first
+        if parts.busy:  # a signal handler: the decision that it interrupted must end first
             threading.Thread(target=self.close, args=(timeout,), name="modelcache-close").start()
             self._parts.closed = True
             return False

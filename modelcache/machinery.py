@@ -96,7 +96,7 @@ class Machinery(Generic[T]):
         self.disk.bind(self.source.url, self._disk_retuned)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
-        agreed = Agreement(self.disk.store, self.source.url, index, self.guard)
+        agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
         self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, _Upstairs(self), self.teller)
         self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, self.disk_room, self.teller)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
@@ -152,6 +152,11 @@ class Machinery(Generic[T]):
         self.teller.tell([event])
         self.teller.pass_on()
 
+    @property
+    def busy(self) -> bool:
+        """Whether this very thread is in the middle of a decision, its own or one that all processes share."""
+        return self.guard.busy or self.shelf.busy
+
     def enter(self, verb: str) -> None:
         """Begin a verb that decides.
 
@@ -159,7 +164,7 @@ class Machinery(Generic[T]):
             ModelCacheError: it was called by a signal handler or finalizer that interrupted a decision of its own
                 thread, which must end first.
         """
-        if self.guard.busy:
+        if self.busy:
             raise ModelCacheError(
                 f"{verb} from a signal handler or __del__ in the middle of the cache's own decision: "
                 "hand it to another thread"
@@ -217,7 +222,7 @@ class Machinery(Generic[T]):
             self.shelf.delete(entry.model)
 
     def _released(self, entry: Entry[T]) -> None:
-        if self.guard.busy:  # a finalizer or signal handler in the middle of a decision: the monitor looks at it
+        if self.busy:  # a finalizer or signal handler in the middle of a decision: the monitor looks at it
             self.residents.orphaned(entry)
             return
         self.settle()

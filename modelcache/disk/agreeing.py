@@ -3,9 +3,8 @@
 Each transaction with the ledger begins with what others have changed, so that what is decided in it holds for all.
 """
 
-import errno
 import json
-import os
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,12 +12,17 @@ from typing import TypeVar
 
 from modelcache.disk.book import Book, Hold, State
 from modelcache.disk.index import Index, Item, Others, Staging
+from modelcache.disk.ledger import patience
 from modelcache.disk.store import Store
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
+from modelcache.telling import complain
+from modelcache.units import format_bytes
 
 R = TypeVar("R")
 
+_log = logging.getLogger("modelcache")
+_REST = 5.0  # seconds until uses are told again where that failed
 _BATCH = 64  # uses that are told at once, where nothing else is to be told
 _PATIENCE = 3.0  # seconds that the end of a cache waits for other processes to decide
 
@@ -37,16 +41,21 @@ class Agreement:
         source: URL of the cache's source.
         index: what this process knows.
         guard: the cache's lock.
+        budget: returns the bytes that the tier may take at this moment; None: no such bound.
     """
 
-    def __init__(self, store: Store, source: str, index: Index, guard: Guard) -> None:
+    def __init__(
+        self, store: Store, source: str, index: Index, guard: Guard, budget: Callable[[], int | None] = lambda: None
+    ) -> None:
+        self._budget = budget
         self._store = store
         self._source = source
         self._index = index
         self._guard = guard
         self._uses: dict[str, tuple[float, int]] = {}
-        self._stale: set[str] = set()  # reservations that could not be given back yet
-        self._registered = self._registering = ("", "")  # epoch and owner under which the ledger knows this process
+        self._debts: list[Callable[[Book], object]] = []  # what could not be told yet
+        self._rest = 0.0  # monotonic time until which uses are not told
+        self._registered = ("", "", "")  # epoch, owner and settings under which the ledger knows this process
 
     @property
     def busy(self) -> bool:
@@ -56,23 +65,59 @@ class Agreement:
     def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
         """Run a transaction that reads and writes; see ``Ledger.change``."""
         self._refuse_nesting()
-        stale = set(self._stale)
-        result = self._store.ledger.change(lambda book: self._decide(book, stale, decide), check)
-        self._stale -= stale
-        self._registered = self._registering
+        debts, tries = list(self._debts), list[Book]()
+
+        def run(book: Book) -> R:
+            self._undo(tries)
+            tries.append(book)
+            for debt in debts:
+                debt(book)
+            return decide(book)
+
+        try:
+            result = self._store.ledger.change(run, check)
+        except BaseException as error:
+            self._undo(tries, doubt=not isinstance(error, FetchedElsewhere))  # which comes before anything is decided
+            raise
+        self._debts = [debt for debt in self._debts if debt not in debts]
         return result
 
-    def _decide(self, book: Book, stale: set[str], decide: Callable[[Book], R]) -> R:
-        if stale:
-            book.let_go(stale)
-        return decide(book)
+    def _undo(self, tries: list[Book], *, doubt: bool = True) -> None:
+        """Take back what a transaction that failed has done here: nothing of it is in the ledger."""
+        with self._guard:
+            for book in tries:
+                for undo in book.undo:
+                    undo()
+                if doubt:
+                    self._index.doubt()
+        tries.clear()
+
+    def settle(self, decide: Callable[[Book], R]) -> R | None:
+        """Tell what is so already; where the disk is full, say, with the next transaction, and None is returned."""
+        try:
+            return self.change(decide)
+        except OSError as error:
+            complain("the ledger in %s can't be written: tried again later", self._store.path, error=error)
+            self._debts.append(decide)
+            return None
+
+    def warn(self) -> None:
+        """Log where another cache has the folder with another budget: the smaller one decides what stays."""
+        mine, budget = self._store.owner, self._budget()
+        told = self._store.ledger.look(Book.settings)
+        others = {json.loads(text).get("budget") for owner, text in told.items() if owner != mine} - {budget}
+        if others:
+            _log.warning(
+                "%s is shared by caches with different budgets, here %s, elsewhere %s: each makes room by its own, so "
+                "give all the same",
+                self._store.path,
+                _told(budget),
+                " and ".join(sorted(map(_told, others))),
+            )
 
     def drop(self, staging: Staging, debris: Path | None) -> None:
         """Give a reservation back; what can't be deleted now counts until it is gone."""
-        try:
-            self.change(lambda book: self._drop(book, staging, debris))
-        except OSError:  # the disk is full, say: with the next transaction, then
-            self._stale.add(staging.id)
+        self.settle(lambda book: self._drop(book, staging, debris))
 
     def _drop(self, book: Book, staging: Staging, debris: Path | None) -> None:
         book.let_go([staging.id])
@@ -112,18 +157,29 @@ class Agreement:
     def learn(self, book: Book) -> None:
         """Catch up at the beginning of a transaction that writes, and tell what others don't know yet."""
         epoch, owner = self._catch_up(book), self._store.owner
-        if self._registered != (epoch, owner) and self._store.writable:
-            book.register(owner, json.dumps({"source": self._source}))
+        settings = json.dumps({"source": self._source, "budget": self._budget()})
+        if self._registered != (epoch, owner, settings) and self._store.writable:
+            book.register(owner, settings)
             with self._guard:
                 stagings = [staging for staging in self._index.stagings if staging.listed]
             for staging in stagings:
                 self.hold(book, staging, staging.reserved)
-            self._registering = (epoch, owner)
+            book.undo.append(self._unregister)
+            self._registered = (epoch, owner, settings)
         with self._guard:
             uses, self._uses = self._uses, {}
         if uses:
+            book.undo.append(lambda: self._untold(uses))
             book.touch(((name, used, times) for name, (used, times) in uses.items()), owner)
         self.count(book)
+
+    def _unregister(self) -> None:
+        self._registered = ("", "", "")
+
+    def _untold(self, uses: dict[str, tuple[float, int]]) -> None:
+        for name, (used, times) in uses.items():
+            later, more = self._uses.get(name, (0.0, 0))
+            self._uses[name] = max(used, later), times + more
 
     def count(self, book: Book) -> None:
         """Take over what is set aside by all processes."""
@@ -181,14 +237,19 @@ class Agreement:
         with self._guard:
             _, times = self._uses.get(item.name, (0.0, 0))
             self._uses[item.name] = item.used, times + 1
-            many = len(self._uses) >= _BATCH
+            many = len(self._uses) >= _BATCH and time.monotonic() >= self._rest
         if many:
             self.tell()
 
     def tell(self) -> None:
-        """Tell what others don't know yet."""
-        if self._uses and self._store.writable:
-            self.change(self.learn)
+        """Tell what others don't know yet, where that can be done soon."""
+        if not (self._uses or self._debts) or not self._store.writable:
+            return
+        try:
+            self.change(self.learn, patience())
+        except OSError as error:  # the disk is full, or a process was stopped while it wrote: no reason to fail a hit
+            self._rest = time.monotonic() + _REST
+            complain("the ledger in %s can't be written: tried again later", self._store.path, error=error)
 
     def end(self) -> None:
         """Tell what others don't know yet, and that this process is done; what is still set aside for it stays so.
@@ -196,22 +257,19 @@ class Agreement:
         Raises:
             OSError: the disk is full, or broken, or another process has stopped in the middle of a decision.
         """
-        if not self._registered[1]:
-            return
-        deadline = time.monotonic() + _PATIENCE
-
-        def check() -> None:
-            if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-
-        self.change(self._end, check)
+        if self._registered[1] and self._store.writable:
+            self.change(self._end, patience(_PATIENCE))
 
     def _end(self, book: Book) -> None:
         self.learn(book)
         book.leave(self._store.owner)
-        self._registering = ("", "")
+        self._unregister()
 
     def reset_after_fork(self) -> None:
-        """In a child: what the parent has yet to tell, and its reservations, are not ours."""
-        self._uses, self._stale = {}, set()
-        self._registered = self._registering = ("", "")
+        """In a child: what the parent has yet to tell, and what is set aside for it, are not ours."""
+        self._uses, self._debts = {}, []
+        self._unregister()
+
+
+def _told(budget: int | None) -> str:
+    return "no budget" if budget is None else f"a budget of {format_bytes(budget)}"

@@ -8,7 +8,7 @@ decided in one, ``disk.index`` and ``disk.reserving``.
 import enum
 import secrets
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -104,12 +104,16 @@ class Book:
 
     Args:
         connection: where it runs.
+
+    Attributes:
+        undo: what is called, under the guard, where the transaction fails.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._sql = connection.execute
         self._many = connection.executemany
         self._seq: int | None = None
+        self.undo: list[Callable[[], object]] = []
 
     def _meta(self, key: str) -> str | int:
         (value,) = self._sql("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -211,6 +215,10 @@ class Book:
     def leave(self, owner: str) -> None:
         """Forget that a process uses the folder, but nothing that is set aside for it."""
         self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+
+    def settings(self) -> dict[str, str]:
+        """Return what each process has said of itself, as JSON."""
+        return dict(self._sql("SELECT owner, settings FROM processes").fetchall())
 
     def owned(self, owner: str) -> list[tuple[str, State]]:
         """Return the folders that a process was bringing or removing."""

@@ -256,7 +256,12 @@ class Index:
         fresh = [item for row in rows if (item := self._learn(row, me)) is not None]
         ours = [item for item in fresh if self.models.get(item.model) is item]
         recall_order(self._policy, [item.model for item in sorted(ours, key=lambda item: item.used)])
-        self._epoch, self._seq = epoch, seq
+        if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
+            self._epoch, self._seq = epoch, seq
+
+    def doubt(self) -> None:
+        """Have all be learned anew: something was learned that did not come about."""
+        self._epoch = ""
 
     def _learn(self, row: Row, me: str) -> Item | None:
         """Take in one row; return the item where it is new here."""

@@ -28,18 +28,25 @@ _PAUSE = 0.01  # longest pause between two tries
 _DAMAGED = {
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_IOERR_READ,
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+    sqlite3.SQLITE_IOERR_CORRUPTFS,
 }
+_WAITS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
 _SPARE = 64 * 2**10  # bytes that are given up where the disk is full
 _FRAMES = 500  # pages of the log after which it is written back
 
 
 class _OfAnotherVersion(sqlite3.DatabaseError):
     """The tables are of another version."""
+
+
+class _Occupied(sqlite3.OperationalError):
+    """Somebody else opens or replaces the file, or has closed it under us: to be tried again."""
+
+    sqlite_errorcode = sqlite3.SQLITE_BUSY
 
 
 class Ledger:
@@ -89,21 +96,28 @@ class Ledger:
         return self._run("BEGIN", decide, None)
 
     def _run(self, begin: str, decide: Callable[[Book], R], check: Callable[[], None] | None) -> R:
-        replaced = False
+        replaced, seen = False, (0, 0)
         while True:
             try:
                 with self._lock:
-                    return self._transact(begin, decide)
+                    try:
+                        return self._transact(begin, decide)
+                    finally:
+                        seen = self._file
             except sqlite3.Error as error:
-                code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+                exact = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+                code = exact & 0xFF
                 if code == sqlite3.SQLITE_FULL and not self._give_way():
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({self._path})") from error
-                if code not in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}:
-                    if replaced or code not in _DAMAGED:
+                if code not in _WAITS:
+                    if replaced:
                         raise OSError(errno.EIO, f"{error} ({self._path})") from error
-                    if self._path is not None:
-                        self._replace(self._path)
-                    replaced = True
+                    # other codes (no descriptor or memory left, a file system that refuses) say nothing of the file
+                    if self._path is not None and _DAMAGED & {code, exact}:
+                        replaced = self._replace(self._path, seen)
+                    else:
+                        replaced = True
+                        self.close()
             if check is not None:
                 check()
             time.sleep(random.uniform(0, _PAUSE))  # noqa: S311 - so that two that met do not meet again
@@ -136,6 +150,8 @@ class Ledger:
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
+            if self._connection is not connection:  # a signal handler has forked: nothing of this is in the file
+                raise _Occupied("closed by a fork") from None
             raise
         return result
 
@@ -155,7 +171,7 @@ class Ledger:
     def _open_file(self, path: Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True, mode=self._mode | 0o700)
         with self._entrance(path):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode))
+            self._create(path)
             if path.stat().st_uid == os.geteuid():
                 path.chmod(self._mode)  # whatever the umask; SQLite gives its other files the same
             self._file = _identity(path)
@@ -167,6 +183,19 @@ class Ledger:
                 raise
             self._keep_spare(path)
         return connection
+
+    def _create(self, path: Path) -> None:
+        """Make the file where it is missing, without the log of the one before, which others may still have open.
+
+        One that is there is never opened but by SQLite: to close it would drop all locks on it of this process, those
+        of another cache too (sqlite.org/howtocorrupt.html, 2.2).
+        """
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        if not path.exists() or path.stat().st_size == 0:
+            _unlink(f"{path}-wal", f"{path}-shm")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode))
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -185,26 +214,33 @@ class Ledger:
 
     @contextlib.contextmanager
     def _entrance(self, path: Path) -> Iterator[None]:
-        """Open and replace one at a time: or one would find half of what another has replaced."""
+        """Open and replace one at a time: or one would find half of what another has replaced.
+
+        Who is stopped in here keeps newcomers out, but nobody waits for it with a lock held.
+        """
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
         try:
             if os.fstat(descriptor).st_uid == os.geteuid():
                 os.fchmod(descriptor, self._mode)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise _Occupied("being opened") from error
             yield
         finally:
             os.close(descriptor)
 
-    def _replace(self, path: Path) -> None:
-        """Remove a ledger that is damaged, unless somebody has done that already."""
+    def _replace(self, path: Path, seen: tuple[int, int]) -> bool:
+        """Remove a ledger that is damaged, unless somebody has done that already; False: somebody is at it."""
         with self._lock:
-            mine = self._file
             self._disconnect()
-            with self._entrance(path):
-                if _identity(path) in {mine, (0, 0)} or mine == (0, 0):
-                    for name in (f"{path}-wal", f"{path}-shm", str(path)):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.unlink(name)  # noqa: PTH108 - a str
+            try:
+                with self._entrance(path):
+                    if _identity(path) == seen:
+                        _unlink(str(path), f"{path}-wal", f"{path}-shm")  # in this order: see _create
+            except _Occupied:
+                return False
+        return True
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -230,6 +266,23 @@ class Ledger:
         """Close the file; it is opened again by whoever needs it."""
         with self._lock:
             self._disconnect()
+
+
+def patience(seconds: float = 1.0) -> Callable[[], None]:
+    """Return a check for ``change`` that raises TimeoutError after some seconds."""
+    until = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise TimeoutError(errno.ETIMEDOUT, f"another process is in the middle of a change for over {seconds} s")
+
+    return check
+
+
+def _unlink(*names: str) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)  # noqa: PTH108 - a str
 
 
 def _identity(path: Path) -> tuple[int, int]:

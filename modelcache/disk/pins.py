@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import struct
 import threading
 from collections import Counter
@@ -118,11 +119,11 @@ class RangePins:
         Raises:
             OSError: they don't, or there are none.
         """
-        first, second = self._open(), self._open()
+        first, second, place = self._open(), self._open(), secrets.randbits(55)  # others may probe at this moment
         try:
+            _set(first, fcntl.F_WRLCK, place)
             try:
-                _set(first, fcntl.F_WRLCK, 0)  # where another process is trying the same, this fails already
-                _set(second, fcntl.F_RDLCK, 0)
+                _set(second, fcntl.F_RDLCK, place)
             except OSError as error:
                 if error.errno not in _BUSY:
                     raise

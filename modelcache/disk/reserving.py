@@ -153,8 +153,6 @@ class DiskRoom:
             if staging is not None and not staging.reserved:
                 self._agreed.check_single(book, staging)
             with self._guard:
-                for item in victims:  # of a try that failed
-                    index.become(item, item.was)
                 shortage = index.shortage(amount, limits)
                 behind = staging is not None and self._behind(staging)
                 spared = staging.wish.spared() if staging is not None else ()
@@ -172,13 +170,7 @@ class DiskRoom:
                 self._agreed.hold(book, staging, staging.reserved + amount)
             return _Decision(shortage, granted, list(victims), told)
 
-        try:
-            decision = self._agreed.change(decide, self._checks(staging))
-        except BaseException:
-            with self._guard:
-                for item in victims:
-                    index.become(item, item.was)
-            raise
+        decision = self._agreed.change(decide, self._checks(staging))
         if staging is not None:
             self._note(staging, amount, granted=decision.granted)
         return decision
@@ -300,33 +292,41 @@ class DiskRoom:
         Raises:
             OSError: the disk is full, or broken.
         """
-        kept, debris = [], {}
-        for item in items:
-            try:
-                aside = self._store.remove(item.name)
-                if aside is None:
-                    kept.append(item)
-                elif not self._store.discard(aside):
-                    debris[aside] = item.bytes
-            except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
-                item.stuck = time.monotonic() + _STUCK
-                kept.append(item)
-                complain("%s can't be removed now: look at its owner and mode", item.name, error=error)
-        self._agreed.change(lambda book: self._removed(book, items, kept, debris))
-        with self._guard:
-            self._guard.notify()
+        kept, debris = list(items), dict[Path, int]()
+        try:
+            for item in items:
+                self._remove(item, kept, debris)
+        finally:  # also where Ctrl-C comes between: or nobody would remove the rest, and all would wait for that
+            self._agreed.settle(lambda book: self._removed(book, items, kept, debris))
+            with self._guard:
+                self._guard.notify()
         return kept
+
+    def _remove(self, item: Item, kept: list[Item], debris: dict[Path, int]) -> None:
+        """Remove one item, and note what has become of it."""
+        try:
+            aside = self._store.remove(item.name)
+            if aside is None:
+                return
+            kept.remove(item)
+            debris[aside] = item.bytes
+            if self._store.discard(aside):
+                del debris[aside]
+        except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
+            item.stuck = time.monotonic() + _STUCK
+            complain("%s can't be removed now: look at its owner and mode", item.name, error=error)
 
     def _removed(self, book: Book, items: Collection[Item], kept: list[Item], debris: dict[Path, int]) -> None:
         """Book what has gone, and what has not."""
         self._agreed.learn(book)
-        for was in {item.was for item in kept}:
-            self._agreed.mark(book, [item for item in kept if item.was is was], was)
+        stays = [item for item in kept if item.state is State.LEAVING]  # else somebody has said otherwise meanwhile
+        for was in {item.was for item in stays}:
+            self._agreed.mark(book, [item for item in stays if item.was is was], was)
         book.gone(item.name for item in items if item not in kept)
         with self._guard:
             for item in items:
                 if item in kept:
-                    self._index.kept(item, item.was)
+                    self._index.kept(item, item.was if item in stays else item.state)
                 else:
                     self._index.forget(item)
         for folder, size in debris.items():

@@ -15,6 +15,7 @@ from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
 from modelcache.disk.index import RECHECK, Index, Item, Staging, Wish
 from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
+from modelcache.disk.ledger import patience
 from modelcache.disk.pins import Pin
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.sweeping import sweep
@@ -22,7 +23,7 @@ from modelcache.disk.tier import DiskTier
 from modelcache.errors import AccessDenied, ArtifactCorrupt, ModelCacheError
 from modelcache.events import Failed, Reason
 from modelcache.guard import Guard
-from modelcache.telling import Teller
+from modelcache.telling import Teller, complain
 
 _MOMENT = 0.02  # seconds until what other processes are doing is looked at again
 _OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
@@ -90,10 +91,11 @@ class Shelf:
         self._room = room
         self._closed = False
         self.index = index
+        agreed.look()
         if store.writable:
-            agreed.change(agreed.learn)
-        else:
-            agreed.look()
+            with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
+                agreed.change(agreed.learn, patience())
+            agreed.warn()
 
     @property
     def mode(self) -> int:
@@ -111,7 +113,7 @@ class Shelf:
 
     def look(self) -> None:
         """Learn what other processes have changed, where that can be done now; never raises."""
-        if not self.busy and not self._closed:
+        if not self.busy and not self._guard.busy and not self._closed:  # never the ledger from under the guard
             with contextlib.suppress(OSError):
                 self._agreed.look_at_others()
 
@@ -132,12 +134,16 @@ class Shelf:
                     return None
                 self.index.pin(item)
                 item.used = time.time()
+            pin = None
             try:
                 pin = self._store.pin(item.name)
+                sound = pin is not None and self._sound(item)
             except BaseException:
+                if pin is not None:
+                    pin.close()
                 self._unpinned(item)
                 raise
-            if pin is not None and self._sound(item):
+            if pin is not None and sound:
                 self._agreed.touched(item)
                 return Held(item, self._store.folder(item.name), pin)
             self._lost(item, pin)
@@ -210,19 +216,24 @@ class Shelf:
             self._guard.notify()
         if item.pins or not self._store.writable:
             return
-        self._agreed.look()  # another process may have replaced or deleted it
-        if item.state is State.DOOMED:
-            self._room.remove(self._agreed.change(lambda book: self._doom(book, [item])))
+        try:
+            self._agreed.look()  # another process may have replaced or deleted it
+            if item.state is State.DOOMED:
+                self._room.remove(self._agreed.change(lambda book: self._doom(book, [item]), patience()))
+        except OSError as error:  # it goes when room is wanted
+            complain("%s can't be removed now", item.name, error=error)
 
     def _doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
         """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former."""
         self._agreed.learn(book)
         with self._guard:
+            begun = [item for item in items if item.state is State.LEAVING]
             stay = [item for item in items if item.state is not State.GONE and item.state is not State.LEAVING]
             due = [item for item in stay if not item.pins]
             for item in stay:
                 item.was = State.DOOMED  # also where another process reads it
                 self.index.become(item, State.DOOMED if item.pins else State.LEAVING)
+        self._agreed.mark(book, begun, State.DOOMED)  # or it would stay after all where its remover finds it read
         self._agreed.mark(book, [item for item in stay if item not in due], State.DOOMED)
         self._agreed.mark(book, due, State.LEAVING)
         return due
@@ -320,7 +331,7 @@ class Shelf:
         if gone:
             with self._guard:
                 ids = [self.index.debris.pop(folder) for folder in gone if folder in self.index.debris]
-            self._agreed.change(lambda book: self._let_go(book, ids))
+            self._agreed.settle(lambda book: self._let_go(book, ids))
 
     def _let_go(self, book: Book, ids: Iterable[str]) -> None:
         book.let_go(ids)
@@ -352,17 +363,35 @@ class Shelf:
             item = self.index.items[name]
             item.verified = True
             self.index.pin(item)  # before anybody sees it, so that nobody removes it first
+        pin = None
         try:
             self._store.publish(staging.folder, name)
             pin = self._store.pin(name)
         except BaseException:
-            self._agreed.change(lambda book: self._returned(book, staging, item))
+            if pin is not None:
+                pin.close()
+            with self._guard:
+                self.index.unpin(item)
+            self._store.withdraw(name, staging.folder)
+            self._agreed.settle(lambda book: self._returned(book, staging, item))
             raise
-        old = self._agreed.change(lambda book: self._arrived(book, item))
+        late: list[bool] = []
+        old = self._agreed.settle(lambda book: self._arrived(book, item, late=bool(late))) or []
+        late.append(True)
         with self._guard:
+            item = self._same(item)
             self._guard.notify()
         self._room.remove(old)
         return Held(item, self._store.folder(name), pin)
+
+    def _same(self, item: Item) -> Item:
+        """Return what is now known under a pinned item's name: the ledger may be a new one; the guard is held."""
+        now = self.index.items.get(item.name, item)
+        if now is not item:
+            self.index.pin(now)
+            self.index.unpin(item)
+        now.verified = item.verified
+        return now
 
     def _arriving(self, book: Book, staging: Staging, name: str, record: Record) -> None:
         """Count the folder instead of the staging, before it is there: so no crash leaves it uncounted."""
@@ -376,20 +405,22 @@ class Shelf:
         self._agreed.learn(book)
         book.gone([item.name])
         with self._guard:
-            self.index.unpin(item)
             self.index.forget(item)
-            self.index.stagings.add(staging)
         self._agreed.hold(book, staging, staging.reserved)
 
-    def _arrived(self, book: Book, item: Item) -> list[Item]:
-        """Serve what was published, and begin to remove earlier versions of it."""
+    def _arrived(self, book: Book, item: Item, *, late: bool) -> list[Item]:
+        """Serve what was published, and begin to remove earlier versions of it; ``late``: leave that to others."""
+        self._agreed.learn(book)
+        book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)  # it may be another ledger
         self._agreed.learn(book)
         prefix, _, _ = item.name.rpartition(".")
         with self._guard:
-            self.index.become(item, State.PRESENT)
-            old = [at for name, at in self.index.items.items() if name.startswith(f"{prefix}.") and at is not item]
-        self._agreed.mark(book, [item], State.PRESENT)
-        return self._doom(book, old)
+            known = self.index.items.items()
+            old = [at for name, at in known if name.startswith(f"{prefix}.") and name != item.name]
+        if not late:
+            return self._doom(book, old)
+        book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)
+        return []
 
     def before_fork(self) -> None:
         """Close what must not come over a fork."""

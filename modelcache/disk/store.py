@@ -38,6 +38,7 @@ from modelcache.mounts import file_system
 
 _log = logging.getLogger("modelcache")
 _MEMORY = {"tmpfs", "ramfs"}
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -173,6 +174,11 @@ class Store:
         """The name under which the ledger knows this process: of its temporary folder, which it has locked."""
         return self._workshop.folder().name if self.writable else "reader"
 
+    def adopt(self) -> None:
+        """In a child of a process that opened this and gave it no cache: have a temporary folder of our own."""
+        if not self._workshop.mine:
+            self.reset_after_fork(())
+
     def before_fork(self) -> None:
         """Close what must not come over a fork."""
         self.ledger.before_fork()
@@ -233,6 +239,11 @@ class Store:
         staged.rename(self._models / name)
         sync(self._models)
 
+    def withdraw(self, name: str, staged: Path) -> None:
+        """Take a folder back whose publication failed halfway; never raises."""
+        with contextlib.suppress(OSError):
+            (self._models / name).rename(staged)
+
     def names(self) -> set[str] | None:
         """Return the names of all published folders; what others put beside them is not looked at.
 
@@ -250,7 +261,11 @@ class Store:
         return self._models / name
 
     def read(self, name: str) -> Published | None:
-        """Return the published folder of that name; None where it is gone, damaged or not ours to trust."""
+        """Return the published folder of that name; None where it is gone, damaged or not ours to trust.
+
+        Raises:
+            OSError: this process has no descriptor or memory left to look.
+        """
         folder = self._models / name
         try:
             status = folder.lstat()
@@ -258,14 +273,20 @@ class Store:
             if record is None or not stat.S_ISDIR(status.st_mode) or not os.path.lexists(record.path(folder)):
                 return None
             return Published(name, record, status.st_mtime)
-        except (OSError, UnicodeDecodeError):
+        except (OSError, UnicodeDecodeError) as error:
+            _raise_short(error)
             return None
 
     def intact(self, record: Record, name: str) -> bool:
-        """Whether a published artifact is to the byte what was unpacked; one without a digest is taken to be."""
+        """Whether a published artifact is to the byte what was unpacked; one without a digest is taken to be.
+
+        Raises:
+            OSError: this process has no descriptor or memory left to look.
+        """
         try:
             return not record.digest or digest_of(self._models / name / ARTIFACT) == record.digest
-        except OSError:
+        except OSError as error:
+            _raise_short(error)
             return False
 
     def _fill(self, book: Book) -> None:
@@ -344,6 +365,12 @@ class Store:
         except FileNotFoundError:  # somebody removed the folder under us: make it again
             self._prepare()
             return os.statvfs(self.path)
+
+
+def _raise_short(error: Exception) -> None:
+    """Raise what says something of this process, and nothing of the file that it wanted to read."""
+    if isinstance(error, OSError) and error.errno in _SHORT:
+        raise error
 
 
 def _format_of(marker: Path) -> int:

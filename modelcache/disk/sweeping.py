@@ -3,9 +3,12 @@
 Folders of live processes are left alone: each has its own temporary folder locked (``disk.workshop``).
 """
 
+import contextlib
+import functools
 import logging
 
 from modelcache.disk.book import Book, State
+from modelcache.disk.ledger import patience
 from modelcache.disk.store import Published, Store
 
 _log = logging.getLogger("modelcache")
@@ -26,7 +29,8 @@ def reconcile(store: Store) -> None:
     lost = [name for name in lost if not store.exists(name)]
     fresh = [at for at in found.values() if at is not None]
     if fresh or lost:
-        store.ledger.change(lambda book: _correct(book, fresh, lost))
+        with contextlib.suppress(TimeoutError):
+            store.ledger.change(lambda book: _correct(book, fresh, lost), patience())
     for name, at in found.items():
         if at is None and store.exists(name):
             _clear(store, name)
@@ -65,7 +69,8 @@ def sweep(store: Store) -> None:
     for owner in dead:
         left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
         there = {name for name, _ in left if store.exists(name)}
-        store.ledger.change(lambda book, owner=owner, there=there: _bury(book, owner, there))  # type: ignore[misc]
+        with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the next sweep
+            store.ledger.change(functools.partial(_bury, owner=owner, there=there), patience())
 
 
 def _bury(book: Book, owner: str, there: set[str]) -> None:

@@ -79,6 +79,7 @@ class DiskTier:
         self._store = Store(path, self._mode)
         sweep(self._store)
         reconcile(self._store)
+        self._store.ledger.close()  # until it has a cache, nobody closes it before a fork
         return self._store
 
     @property
@@ -148,6 +149,7 @@ class DiskTier:
         """
         if self._store is None:
             self._open(_default_folder(source))
+        self.store.adopt()
         self._changed = changed
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ALL = ("hit", "policies", "quiet", "growth")
+ALL = ("hit", "policies", "two_tiers", "victims", "quiet", "growth")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Which policy waits least: recorded requests replayed through ours and published ones, at four capacities.
+"""Which policy waits least in memory: recorded requests replayed through ours and published ones, at four capacities.
 
     python -m benchmarks.policies [--traces FOLDER] [--only twin] [--jobs 2]
 
@@ -6,24 +6,23 @@ What decides is reload seconds: the load times that somebody waited for, over th
 The rows: ours (``worth pruned`` keeps victims that the others make unnecessary, as the memory tier does; ``worth
 sampled`` always scores a sample, as ``worth`` does above 10,000 models), plain references of GDSF and GreedyDual, and,
 out of reach as they know the future, Belady and Belady by cost. libCacheSim's where it is installed (group ``bench``).
-The exit status is 1 where a figure is more than 1 % off what an independent program got.
+The exit status is 1 where a figure is more than 1 % off what an independent program got. Memory over disk is
+``benchmarks.two_tiers``.
 
 About five minutes of processor time for the three traces that are here, most of it for ``web12``.
 """
 
 import argparse
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.grid import grid
 from benchmarks.report import machine
 from benchmarks.simulator import expected, foreign, peers, report, traces
-from benchmarks.simulator.tiers import Outcome, Tier, replay, replay_two
+from benchmarks.simulator.tiers import Outcome, replay
 from benchmarks.simulator.traces import Trace
 from modelcache.policies import Policy, Worth, make_policy
 
@@ -37,7 +36,6 @@ OTHERS: dict[str, Callable[[], Policy]] = {
 OFFLINE: dict[str, Callable[[Trace], Policy]] = {"Belady": peers.Belady, "Belady by cost": peers.BeladyCost}
 FOREIGN = {f"libCacheSim {name}": name for name in foreign.NAMES}
 ROWS = ("lru", "lfu", "fifo", "worth", *OTHERS, *OFFLINE)
-MEMORY, DISK = 0.1, 0.3  # of the bytes of all models, in the run with two tiers
 
 
 def policy_of(row: str, trace: Trace) -> Policy:
@@ -55,40 +53,20 @@ def run(folder: Path, name: str, row: str, share: float) -> Outcome:
     return replay(trace, policy_of(row, trace), trace.share(share), spare=row == PRUNED)
 
 
-def run_two(folder: Path, name: str, memory: str, disk: str) -> float:
-    """Replay one trace through two tiers; return the seconds waited."""
-    trace = traces.read(folder, name)
-    upper, lower = make_policy(memory, "policy"), make_policy(disk, "policy")
-    return replay_two(trace, Tier(upper, trace.share(MEMORY)), Tier(lower, trace.share(DISK))).seconds
-
-
 def examine(pool: ProcessPoolExecutor, folder: Path, name: str) -> list[expected.Check]:
     """Replay one trace, print what it came to, and return the figures to check."""
     rows = [*ROWS, *(FOREIGN if foreign.INSTALLED else ())]
     missing = [] if foreign.INSTALLED else [f"{row}: not run, libcachesim is not installed" for row in FOREIGN]
     jobs = {(row, share): pool.submit(run, folder, name, row, share) for share in expected.SHARES for row in rows}
-    pairs = {pair: pool.submit(run_two, folder, name, *pair) for pair in itertools.product(("lru", "worth"), repeat=2)}
     outcomes = {row: [jobs[row, share].result() for share in expected.SHARES] for row in rows}
-    waits = {pair: job.result() for pair, job in pairs.items()}
     trace = traces.read(folder, name)
     sys.stdout.write(f"\n{name}: {len(trace.requests):,} requests for {len(trace.bytes):,} models\n")
     report.print_trace(name, outcomes, missing)
-    ratios = {pair: wait / waits["lru", "lru"] for pair, wait in waits.items()}
-    lines = [[" over ".join(pair), f"{wait:,.0f} ({ratios[pair]:.3f})"] for pair, wait in waits.items()]
-    grid(f"{name}: two tiers, memory {MEMORY:.0%} over disk {DISK:.0%}", [["", "load and fetch seconds"], *lines])
-    return checks(name, outcomes, ratios["worth", "worth"])
-
-
-def checks(name: str, outcomes: report.Outcomes, two_tiers: float) -> list[expected.Check]:
-    """Return the figures of one trace to check."""
-    found = [
+    return [
         check
         for place, (lru, worth) in enumerate(zip(outcomes["lru"], outcomes["worth"], strict=True))
         for check in expected.checks(name, place, lru.misses, lru.seconds, worth.seconds)
     ]
-    if name in expected.TWO_TIERS:
-        found.append(expected.Check(f"{name} two tiers", expected.TWO_TIERS[name], two_tiers, 0, most=True))
-    return found
 
 
 def main() -> int:

@@ -148,7 +148,9 @@ class Fetcher(Generic[T]):
     def find(self, flight: Flight[T]) -> Held | InPlace:
         """Return the artifact on this machine, fetched where it was not."""
         flight.state = "fetching"
-        held = self.shelf.open(flight.model)
+        with self.guard:
+            missed = bool(flight.waiters)  # a prefetch, or a look for a new version, is no use of an artifact
+        held = self.shelf.open(flight.model, missed=missed)
         if held is not None and not flight.refresh:
             return held
         with self.guard:

@@ -113,10 +113,11 @@ class Caches:
             DictSource().add(*"abcdefgh") if source is None else source,
             settings.pop("load", book.load),
             unload=settings.pop("unload", book.unload),
-            disk=DiskTier(self.folder / "disk" if folder is None else folder, **{"min_free": 0, **(disk or {})}),
-            memory=MemoryTier(
-                **{"policy": "lru", **(memory or {})}
-            ),  # an order that does not depend on how fast loads are
+            # an order that does not depend on how fast fetches and loads are
+            disk=DiskTier(
+                self.folder / "disk" if folder is None else folder, **{"policy": "lru", "min_free": 0, **(disk or {})}
+            ),
+            memory=MemoryTier(**{"policy": "lru", **(memory or {})}),
             **settings,
         )
         self._made.append((cache, book, leases_left))

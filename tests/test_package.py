@@ -34,10 +34,10 @@ def test_import_is_light() -> None:
 
 
 def test_dependencies(distribution: importlib.metadata.Distribution) -> None:
-    """Installing modelcache brings four packages, and no extra unless it is asked for."""
+    """Installing modelcache brings three packages, and no extra unless it is asked for."""
     hard = [requirement for requirement in distribution.requires or [] if "extra ==" not in requirement]
     names = {re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in hard}
-    assert names == {"attrs", "boto3", "cachetools", "psutil"}
+    assert names == {"attrs", "boto3", "psutil"}
 
 
 def test_wheel_is_typed(distribution: importlib.metadata.Distribution) -> None:

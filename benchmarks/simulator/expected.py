@@ -35,6 +35,9 @@ WORTH = {
 }
 """Reload seconds of ``worth``, over those of LRU."""
 
+TWO_TIERS_SHARES = (0.1, 0.3)
+"""Memory and disk in the run with two tiers, as shares of the bytes of all models."""
+
 TWO_TIERS = {"twin": 0.61, "tenants": 0.63}
 """The most that ``worth`` in both tiers may wait, over LRU in both."""
 

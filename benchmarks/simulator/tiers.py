@@ -1,10 +1,12 @@
 """Tiers without models: a policy is told and asked as the library's tiers do, and the waiting is added up.
 
 A request is booked first, victims go next, the newcomer comes in last, so it is never its own victim. A model
-larger than its tier is loaded for the request and not kept. Nothing is leased and nothing fails here.
+larger than its tier is loaded for the request and not kept. Nothing is leased and nothing fails here. Memory over disk
+is ``two``.
 """
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 import attrs
 
@@ -49,26 +51,39 @@ class Tier:
         self.policy.requested(model, self._clock)
         return model in self.resident
 
-    def admit(self, model: str, size: int, cost: float) -> list[str] | None:
-        """Make room for a model and take it in; return who left, or None where it is larger than the tier."""
-        if size > self._capacity:
+    def admit(self, model: str, size: int, cost: float, held: AbstractSet[str] = frozenset()) -> list[str] | None:
+        """Make room for a model and take it in; return who left, or None, and nobody leaves, where it does not fit.
+
+        ``held``: models that may not leave.
+        """
+        if not self.fits(size):
             return None
-        victims = self._victims(size - self._free) if size > self._free else []
+        victims = self._victims(size - self._free, held) if size > self._free else []
+        if size > self._free + sum(self.resident[victim] for victim in victims):
+            return None
         for victim in victims:
-            self._free += self.resident.pop(victim)
-            self.policy.removed(victim)
+            self.drop(victim)
         self.resident[model] = size
         self._free -= size
         self.policy.admitted(Resident(model, size, cost))
         return victims
 
+    def drop(self, model: str) -> None:
+        """Let a model leave."""
+        self._free += self.resident.pop(model)
+        self.policy.removed(model)
+
+    def fits(self, size: int) -> bool:
+        """Whether a model of this size fits in at all."""
+        return size <= self._capacity
+
     def price(self, model: str, cost: float) -> None:
         """Tell the policy that bringing back a resident model now costs something else."""
         self.policy.admitted(Resident(model, self.resident[model], cost))
 
-    def _victims(self, need: int) -> list[str]:
+    def _victims(self, need: int, held: AbstractSet[str]) -> list[str]:
         chosen = []
-        for victim in self.policy.victims(need, self.resident.keys()):
+        for victim in self.policy.victims(need, self.resident.keys() - held if held else self.resident.keys()):
             chosen.append(victim)
             need -= self.resident[victim]
             if need <= 0:
@@ -94,28 +109,6 @@ def replay(trace: Trace, policy: Policy, capacity: int, *, spare: bool = False) 
             missed.append(model)
             tier.admit(model, trace.bytes[model], trace.load[model])
     return outcome(trace, missed, trace.load)
-
-
-def replay_two(trace: Trace, upper: Tier, lower: Tier) -> Outcome:
-    """Replay a trace through memory (``upper``) over disk (``lower``).
-
-    The disk tier hears of memory misses only. To memory a model costs its load, and its fetch too while its
-    artifact is not on disk. The misses are those of memory.
-    """
-    missed, fetched = [], 0.0
-    for model in trace.requests:
-        if upper.requested(model):
-            continue
-        missed.append(model)
-        size, load, fetch = trace.bytes[model], trace.load[model], trace.fetch[model]
-        if not lower.requested(model):
-            fetched += fetch
-            for gone in lower.admit(model, size, fetch) or ():
-                if gone in upper.resident:
-                    upper.price(gone, trace.load[gone] + trace.fetch[gone])
-        upper.admit(model, size, load if model in lower.resident else load + fetch)
-    result = outcome(trace, missed, trace.load)
-    return attrs.evolve(result, seconds=result.seconds + fetched)
 
 
 def outcome(trace: Trace, missed: Iterable[str], cost: Mapping[str, float]) -> Outcome:

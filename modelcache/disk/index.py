@@ -6,7 +6,7 @@ moment they are reserved until their files are gone. What other processes have d
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from modelcache.disk.book import Row, State
 from modelcache.disk.layout import ARTIFACT, Record
 from modelcache.errors import NoRoom
 from modelcache.events import Reason
-from modelcache.policies import Policy, Resident
+from modelcache.policies import Allowed, Policy, Resident, recall_order
 
 RECHECK = 1.0
 """Seconds after which a wait for room, or an artifact that another process reads, is looked at again."""
@@ -234,9 +234,8 @@ class Index:
                 self.forget(self.items[name])
             rows.sort(key=lambda row: row.record.fetched)  # so that a policy finds the order of their coming
         fresh = [item for row in rows if (item := self._learn(row, me)) is not None]
-        for item in sorted(fresh, key=lambda item: item.used):
-            if self.models.get(item.model) is item:
-                self._policy.requested(item.model, self._clock)
+        fresh = [item for item in fresh if self.models.get(item.model) is item]
+        recall_order(self._policy, [item.model for item in sorted(fresh, key=lambda item: item.used)])
         self._epoch, self._seq = epoch, seq
 
     def _learn(self, row: Row, me: str) -> Item | None:
@@ -345,8 +344,7 @@ class Index:
             missing -= item.bytes
             chosen.append(item)
         if missing > 0 and self.models:
-            evictable = _Evictable(self.models)
-            for model in self._policy.victims(missing, evictable):
+            for model in self._policy.victims(missing, Allowed(self.models, _idle)):
                 missing -= self.models[model].bytes
                 chosen.append(self.models[model])
                 if missing <= 0:
@@ -373,23 +371,6 @@ class Index:
         for item in self._pinned:
             item.pins = 0
         self._pinned = set()
-
-
-class _Evictable(Collection[str]):
-    """The models that may go, looked at one by one: there may be very many."""
-
-    def __init__(self, models: dict[str, Item]) -> None:
-        self._models = models
-
-    def __contains__(self, model: object) -> bool:
-        item = self._models.get(model)  # type: ignore[call-overload]
-        return item is not None and _idle(item)
-
-    def __iter__(self) -> Iterator[str]:
-        return (model for model, item in self._models.items() if _idle(item))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _idle(item: Item) -> bool:

@@ -115,14 +115,15 @@ class Shelf:
             with contextlib.suppress(OSError):
                 self._agreed.look_at_others()
 
-    def open(self, model: str) -> Held | None:
-        """Return the model's artifact, pinned; None where it must be fetched.
+    def open(self, model: str, *, missed: bool = False) -> Held | None:
+        """Return the model's artifact, pinned; None where it must be fetched. ``missed``: a lookup waits for it.
 
         Raises:
             OSError: the disk is full, or broken.
         """
-        with self._guard:
-            self.index.requested(model)
+        if missed:
+            with self._guard:
+                self.index.requested(model)
         while True:
             self._agreed.look()
             with self._guard:

@@ -31,7 +31,8 @@ class DiskTier:
             bounded by ``min_free`` only.
         min_free: bytes that a fetch must leave free on the file system, for others: an int, a string with a
             unit, or a percentage of the file system. 0 switches the guard off.
-        policy: ``"lru"``, ``"lfu"``, ``"fifo"``, or a ``policies.Policy``. It is told of memory misses only.
+        policy: ``"worth"`` (allocated bytes, fetch seconds and frequency), ``"lru"``, ``"lfu"``, ``"fifo"``, or a
+            ``policies.Policy``. It is told of memory misses only.
         mode: permissions of the folders made here; files get the same without the execute bits.
         verify: when an artifact's files are read in full and compared with the digest stored at their publication:
             ``"first_use"`` in each process, ``"always"`` before each load, or ``"never"``. What is damaged is
@@ -60,7 +61,7 @@ class DiskTier:
         path: str | os.PathLike[str] | None = None,
         budget: int | str | None = None,
         min_free: int | str = "1 GiB",
-        policy: str | Policy = "lru",
+        policy: str | Policy = "worth",
         mode: int = 0o700,
         verify: str = "first_use",
     ) -> None:

@@ -8,12 +8,25 @@ from collections.abc import Callable
 from typing import TypeGuard
 
 from modelcache.errors import ConfigError
-from modelcache.policies.base import Policy, Resident
+from modelcache.policies.base import Policy, Remembering, Resident, Standing, recall_order
 from modelcache.policies.guarded import STRAY_LIMIT, Guarded
 from modelcache.policies.ranked import RANKED, Ranked
-from modelcache.policies.worth import Standing, Worth
+from modelcache.policies.views import Allowed
+from modelcache.policies.worth import Worth
 
-__all__ = ["STRAY_LIMIT", "Guarded", "Policy", "Ranked", "Resident", "Standing", "Worth", "make_policy"]
+__all__ = [
+    "STRAY_LIMIT",
+    "Allowed",
+    "Guarded",
+    "Policy",
+    "Ranked",
+    "Remembering",
+    "Resident",
+    "Standing",
+    "Worth",
+    "make_policy",
+    "recall_order",
+]
 
 _BUILT_IN: dict[str, Callable[[], Ranked | Worth]] = {**RANKED, "worth": Worth}
 _METHODS = ("requested", "admitted", "removed", "victims")

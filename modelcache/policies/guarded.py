@@ -3,13 +3,14 @@
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, MutableSet
+from collections.abc import Set as AbstractSet
 
-from modelcache.policies.base import Policy, Resident
+from modelcache.policies.base import Policy, Resident, Standing, searchable
 from modelcache.policies.ranked import RANKED
 
 STRAY_LIMIT = 1_000
-"""Ids of no use that a policy may give in one answer, on top of ten for each evictable model."""
+"""Ids of no use that a policy may give in one answer, on top of ten for each model of the tier."""
 
 _log = logging.getLogger("modelcache")
 
@@ -35,12 +36,14 @@ class Guarded:
         self.policy = policy
         self.errors = 0
         self._order = RANKED["lru"]()
+        self._clock = 0
         self._known: set[tuple[str, type[BaseException]]] = set()
         self._untold: deque[tuple[str, BaseException]] = deque()
         self._stop: BaseException | None = None
 
     def requested(self, model: str, clock: int) -> None:
         """Tell the policy."""
+        self._clock = max(self._clock, clock)
         self._order.requested(model, clock)
         self._tell("requested", model, clock)
 
@@ -56,7 +59,20 @@ class Guarded:
 
     def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:
         """Return each evictable id once: those that the policy gives, then the rest in LRU order."""
-        return self._complete(need, frozenset(evictable), self._order.victims(need, evictable))
+        among = searchable(evictable)
+        if isinstance(among, MutableSet):  # it is the tier's, and a stranger might change it
+            among = frozenset(among)
+        return self._complete(need, among)
+
+    def standing(self, model: str) -> Standing | None:
+        """Return None: what a user's policy knows is its own."""
+        return self._order.standing(model)
+
+    def recall(self, model: str, standing: Standing, clock: int = 0) -> None:
+        """Tell the policy of one request, so that a new one finds who was used last."""
+        self._clock = max(self._clock, clock)
+        self._order.recall(model, standing)
+        self._tell("requested", model, self._clock)
 
     def report(self) -> None:
         """Log each new kind of error (method and type), once; call it with no lock held.
@@ -87,24 +103,27 @@ class Guarded:
             self._known.add(kind)
             self._untold.append((method, error))
 
-    def _complete(self, need: int, evictable: frozenset[str], rest: Iterable[str]) -> Iterator[str]:
+    def _complete(self, need: int, evictable: AbstractSet[str]) -> Iterator[str]:
         given: set[str] = set()
-        strays = 0
+        strays, all_of_them = 0, None
         for model in self._answer(need, evictable):
             if isinstance(model, str) and model in evictable and model not in given:
                 given.add(model)
                 yield model
             else:
                 strays += 1
-            if len(given) == len(evictable):
+                if all_of_them is None and isinstance(model, str) and model in given:  # does it begin again?
+                    all_of_them = len(evictable)
+            if len(given) == all_of_them:
                 return
-            if strays > STRAY_LIMIT + 10 * len(evictable):
+            if strays > STRAY_LIMIT + 10 * len(self._order):
                 self._note("victims", ValueError("too many ids that are not evictable, or were given before"))
                 break
+        yield from (model for model in self._order.victims(need, evictable) if model not in given)
         # Last come those that even the order beside it does not know: a tier's slip must not stop it.
-        yield from (model for model in dict.fromkeys([*rest, *sorted(evictable)]) if model not in given)
+        yield from sorted(model for model in evictable if model not in given and model not in self._order)
 
-    def _answer(self, need: int, evictable: frozenset[str]) -> Iterator[object]:
+    def _answer(self, need: int, evictable: AbstractSet[str]) -> Iterator[object]:
         try:
             yield from self.policy.victims(need, evictable)
         except GeneratorExit:

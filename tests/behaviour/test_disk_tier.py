@@ -1,6 +1,7 @@
 """The disk tier through a cache: its budget, its order, its folder, and what it finds again after a restart."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from modelcache import (
     SourceUnavailable,
     TooLarge,
 )
+from modelcache.policies import Standing, Worth
 from tests.support.fakes import Book, DictSource, MakeCache, allocated, tar
 from tests.support.waiting import WAIT, Spawn, eventually
 
@@ -198,6 +200,20 @@ def test_hits_in_memory_are_no_use_of_an_artifact(make_cache: MakeCache) -> None
     assert evictions(cache) == [("a", "disk")]
 
 
+def test_prefetch_and_refresh_are_no_use_of_an_artifact(make_cache: MakeCache) -> None:
+    """Bringing a model into memory before anybody asks, and asking for a new version, does not keep its artifact."""
+    cache = make_cache()
+    bring(cache, "a")
+    room_for(cache, 3)
+    bring(cache, "b", "c")
+    assert cache.prefetch(["a"]).wait(WAIT)
+    for _ in range(3):
+        assert not cache.refresh("a")
+    cache.unload("a")
+    bring(cache, "d")
+    assert evictions(cache) == [("a", "disk")]
+
+
 def test_model_in_memory_keeps_its_files(make_cache: MakeCache) -> None:
     """The coldest artifact stays while its model is in memory; the next one goes."""
     cache = make_cache()
@@ -255,6 +271,80 @@ def test_failed_fetch_evicts_for_nothing_more_than_it_reserved(make_cache: MakeC
     with pytest.raises(LookupError):
         cache.get("nope")
     assert on_disk(cache) == ["a"]
+
+
+class Lazy:
+    """A user's policy: by id, one after the other, counting how many were taken."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def requested(self, model: str, clock: int) -> None:
+        """Ignore."""
+
+    admitted = removed = lambda *_: None
+
+    def victims(self, need: int, evictable: Collection[str]) -> Iterator[str]:
+        """Give the first of those that may go, when asked."""
+        for model in "abcdefgh":
+            if model in evictable:
+                self.given.append(model)
+                yield model
+
+
+def test_policy_is_asked_for_no_more_than_goes(make_cache: MakeCache) -> None:
+    """Victims are taken one by one, until they suffice; what is in use is never offered."""
+    policy = Lazy()
+    cache = make_cache(disk={"policy": policy})
+    bring(cache, "a")
+    room_for(cache, 4)
+    with cache.lease("b"):
+        bring(cache, "c", "d", "e", "f")
+        assert policy.given == ["a", "c"]
+    assert [model for model, _ in evictions(cache)] == ["a", "c"]
+
+
+# Worth
+
+
+def remember_fetches(cache: ModelCache[Any], **seconds: float) -> None:
+    """Write into the records how long the fetch of each model took."""
+    for path in (cache.disk.path / "models").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"fetch_seconds": seconds[record["model"]]}))
+
+
+def test_worth_is_the_default() -> None:
+    """Without a word about it, the disk tier weighs fetch seconds."""
+    assert isinstance(DiskTier().policy, Worth)
+
+
+def test_worth_keeps_what_takes_long_to_fetch(make_cache: MakeCache, source: DictSource) -> None:
+    """Of artifacts of one size, the one that is fetched fastest goes first; an unknown fetch counts as the usual."""
+    with make_cache(source) as first:
+        bring(first, *"abcd")
+        remember_fetches(first, a=1_000.0, b=1.0, c=0.0, d=50_000.0)
+    cache = make_cache(source, disk={"policy": "worth"})
+    cache.disk.budget = 1
+    assert [model for model, _ in evictions(cache)] == ["b", "a", "c", "d"]
+
+
+def test_worth_finds_its_order_again(make_cache: MakeCache, source: DictSource) -> None:
+    """What a start finds on disk stands in the order of its last use, as if asked for once; finding is no request."""
+    with make_cache(source) as first:
+        bring(first, *"abcd")
+        for model in "ba":
+            first.get(model)
+        remember_fetches(first, a=1.0, b=1.0, c=1.0, d=1.0)
+    cache = make_cache(source, disk={"policy": "worth"})
+    assert isinstance(cache.disk.policy, Worth)
+    standings = [cache.disk.policy.standing(model) for model in "abdc"]
+    assert standings == [Standing(1, idle, idle) for idle in range(4)]
+    cache.get("c")
+    assert cache.disk.policy.standing("c") == Standing(2, 4, 0)
+    cache.unload("c")
+    cache.disk.budget = 1
+    assert [model for model, _ in evictions(cache)] == ["d", "b", "a", "c"]
 
 
 # Restart

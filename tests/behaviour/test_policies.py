@@ -10,8 +10,19 @@ from unittest import mock
 import pytest
 
 from modelcache.errors import ConfigError
-from modelcache.policies import Guarded, Policy, Ranked, Resident, Standing, Worth, make_policy
-from modelcache.policies.worth import FULL_SCAN, STRANGERS
+from modelcache.policies import (
+    Allowed,
+    Guarded,
+    Policy,
+    Ranked,
+    Remembering,
+    Resident,
+    Standing,
+    Worth,
+    make_policy,
+    recall_order,
+)
+from modelcache.policies.worth import FULL_SCAN, SAMPLE, SPARE, STRANGERS
 from tests.contracts.policy_contract import MODELS, PolicyContract, admit, order
 
 
@@ -188,17 +199,72 @@ def test_lfu_forgets_what_left() -> None:
     assert order(policy, MODELS)[0] == "a"
 
 
+@pytest.mark.parametrize("policy", [*map(ranked, ["fifo", "lru", "lfu", "worth"]), Worth(full_scan=0)], ids=str)
+def test_first_victim_looks_at_few(policy: Policy) -> None:
+    """The first victim of a large tier costs a few looks at what may go, not a walk through all of it."""
+    models = {f"m{number}": number for number in range(1_000)}
+    for model in models:
+        admit(policy, model, 9)
+    looks = []
+    view = Allowed(models, lambda number: looks.append(number) or number != 0)
+    assert next(iter(policy.victims(1, view))) != "m0"
+    assert len(looks) <= SAMPLE + SPARE + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("lru", "deacb"), ("fifo", "abcde"), ("lfu", "deacb"), (Newest(), "edcba")],
+    ids=["lru", "fifo", "lfu", "users"],
+)
+def test_recall_finds_the_order_again(name: str | Policy, expected: str) -> None:
+    """Told who was used last, longest ago first, an order is what it was, and recalling twice changes nothing."""
+    policy = make_policy(name, "policy")
+    assert isinstance(policy, Remembering)
+    for model in MODELS:
+        policy.admitted(Resident(model, 1, 1.0))
+    for _ in range(2):
+        for idle, (model, n) in enumerate([("a", 2), ("c", 3), ("b", 7), ("elsewhere", 9)]):
+            policy.recall(model, Standing(n, 9, 9 - idle))
+    assert "".join(order(policy, MODELS)) == expected
+    assert policy.standing("a") is None  # nothing beside the order
+
+
 @pytest.mark.parametrize("name", ["lru", "worth"])
-def test_victims_stand_as_at_the_call(name: str) -> None:
-    """What happens after the call to victims() does not change an answer under way."""
-    policy = ranked(name)
-    evictable = set(MODELS)
-    answer = iter(policy.victims(1, evictable))
-    assert next(answer) == "a"
-    policy.removed("b")
-    policy.requested("c", 9)
-    evictable.clear()
-    assert list(answer) == ["b", "c", "d", "e"]
+def test_order_of_last_use(name: str) -> None:
+    """Models that a tier has found go in the order of their last use, before who was asked for since."""
+    policy = make_policy(name, "policy")
+    for model in MODELS:
+        policy.admitted(Resident(model, 1, 1.0))
+    recall_order(policy, "ecabd")
+    assert order(policy, MODELS) == list("ecabd")
+    policy.requested("e", 1)
+    assert order(policy, MODELS) == list("cabde")
+
+
+def test_recall_is_a_request_to_a_users_policy() -> None:
+    """A user's policy, which has no such method, hears of one request at the present clock."""
+    mine = Newest()
+    policy = make_policy(mine, "policy")
+    policy.requested("a", 41)
+    assert isinstance(policy, Remembering)
+    policy.recall("a", Standing(3, 2, 1))
+    assert mine.clocks == [41, 41]
+
+
+# Which may go
+
+
+def test_allowed_is_a_set() -> None:
+    """A view has the size and the members of the set that it stands for, and combines into plain sets."""
+    models = {"a": 1, "b": 0, "c": 2}
+    view = Allowed(models, bool)
+    assert (len(view), sorted(view), view) == (2, ["a", "c"], {"a", "c"})
+    assert "a" in view
+    assert "b" not in view
+    assert "x" not in view
+    assert view & {"a", "b"} == {"a"}
+    models["b"] = 3
+    assert view == {"a", "b", "c"}
 
 
 # Worth
@@ -346,6 +412,33 @@ def test_recall_adds_to_what_is_known() -> None:
     assert policy.standing("odd") == Standing(32, 5, 5)
 
 
+def test_standing_on_a_clock() -> None:
+    """Kept as the requests at which a model was first and last asked for, a standing ages with the clock."""
+    policy = at_work(("a", 1, 1.0), ("b", 1, 1.0), requests="abb")
+    kept = policy.standing("a")
+    assert kept is not None
+    first, last = 5 - kept.age, 5 - kept.idle
+    assert Standing.at(5, kept.n, first, last) == kept == Standing(2, 4, 2)
+    assert Standing.at(8, kept.n, first, last) == Standing(2, 7, 5)
+    assert Standing.at(0, kept.n, first, last) == Standing(2, 0, 0)  # a clock that went back
+    with pytest.raises(ValueError, match="impossible"):
+        Standing.at(5, kept.n, math.nan, last)
+
+
+def test_processes_that_share_a_ledger_add_up() -> None:
+    """Where each recalls what is kept before it books a request, and keeps what it knows then, counts add up."""
+    policies, kept, clock = [Worth(), Worth()], (0.0, 0.0, 0.0), 0
+    for turn in [0, 0, 1, 0, 1, 1, 1]:
+        policy, clock = policies[turn], clock + 1
+        if kept[0]:
+            policy.recall("a", Standing.at(clock, *kept), clock)
+        policy.requested("a", clock)
+        standing = policy.standing("a")
+        assert standing is not None
+        kept = (standing.n, clock - standing.age, clock - standing.idle)
+    assert kept == (7, 1, 7)
+
+
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (1, -1, 1), (1, 1, -1), (1, math.inf, 1), (math.nan, 1, 1)], ids=str)
 def test_impossible_standings(numbers: tuple[float, float, float]) -> None:
     """Numbers that no history can have are refused."""
@@ -442,6 +535,26 @@ def test_whatever_is_answered_everything_can_go(answer: Any, expected: str) -> N
 def test_strays_do_not_bring_in_what_is_leased() -> None:
     """A leased model that the policy gives all the same does not go."""
     assert order(guarded(Answers("abcde")), ["e", "b"]) == ["b", "e"]
+
+
+def test_a_set_of_the_tiers_is_not_handed_out() -> None:
+    """A user's policy that empties what it was given harms nobody."""
+
+    class Thief(Newest):
+        def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:
+            evictable.clear()  # type: ignore[attr-defined]
+            return []
+
+    evictable = set(MODELS)
+    assert order(guarded(Thief()), evictable) == list(MODELS)
+    assert evictable == set(MODELS)
+
+
+def test_answer_that_begins_again() -> None:
+    """Once all were given, a policy that gives them again without end is broken off, and that is no error."""
+    policy = guarded(Answers(itertools.cycle(MODELS)))
+    assert order(policy, ["e", "b"]) == ["b", "e"]
+    assert policy.errors == 0
 
 
 @pytest.mark.parametrize("answer", [None, 3, itertools.repeat("x")], ids=["None", "int", "endless"])

@@ -1,4 +1,4 @@
-"""The simulator: what ``worth`` saves on a trace, and how a replay counts. All figures: ``benchmarks.policies``."""
+"""The simulator: what ``worth`` saves on a trace, and how a replay counts. All figures: the commands in benchmarks."""
 
 from collections.abc import Collection, Iterable
 
@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks.simulator import expected, traces
 from benchmarks.simulator.peers import Belady, BeladyCost, Gdsf, GreedyDual
-from benchmarks.simulator.tiers import Tier, replay, replay_two
+from benchmarks.simulator.tiers import Tier, replay
 from benchmarks.simulator.traces import Trace
+from benchmarks.simulator.two import replay_two
 from modelcache.policies import Policy, make_policy
 
 
@@ -100,6 +101,24 @@ def test_disk_hears_of_memory_misses_only() -> None:
     assert two(1, 2) == 4 + 2 * 2
     assert two(1, 1) == 4 + 2 * 4
     assert two(2, 2) == 2 + 2 * 2
+
+
+def test_disk_that_hears_of_hits_keeps_what_memory_keeps() -> None:
+    """Told of hits in memory, the disk keeps the artifact that memory keeps anyway, and fetches the other again."""
+    trace = trace_of("abacb", a=1, b=1, c=1)
+    waits = [
+        replay_two(trace, Tier(ours("lru"), 2), Tier(ours("lru"), 2), tells_hits=hears).fetches
+        for hears in (False, True)
+    ]
+    assert waits == [3 * 2, 4 * 2]
+
+
+def test_pinned_artifacts_stay() -> None:
+    """Where models in memory keep their artifacts, memory gives one up for a fetch that finds no other room."""
+    trace = trace_of("aba", a=1, b=1)
+    waits = [replay_two(trace, Tier(ours("lru"), 2), Tier(ours("lru"), 1), pins=pins) for pins in (False, True)]
+    assert [wait.seconds for wait in waits] == [2 + 2 * 2, 3 + 2 * 3]
+    assert [(wait.misses, wait.fetched) for wait in waits] == [(2 / 3, 2 / 3), (1, 1)]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from itertools import islice
 
 import pytest
 
-from modelcache.policies import Policy, Resident
+from modelcache.policies import Allowed, Policy, Resident
 
 MODELS = ("a", "b", "c", "d", "e")
 
@@ -60,11 +60,22 @@ class PolicyContract:
         assert sorted(order(self.filled(), MODELS)) == sorted(MODELS)
 
     def test_takes_any_collection(self) -> None:
-        """Evictable models may come as a set, a list or the keys of a dict."""
+        """Evictable models may come as a set, a list, the keys of a dict, or a view that is asked one by one."""
         policy = self.filled()
         expected = order(policy, list(MODELS))
         assert order(policy, set(MODELS)) == expected
         assert order(policy, dict.fromkeys(MODELS).keys()) == expected
+        assert order(policy, Allowed(dict.fromkeys(MODELS, 1), bool)) == expected
+
+    def test_view_follows_the_tier(self) -> None:
+        """A view is asked anew at each call: who may go now goes now."""
+        policy = self.filled()
+        whole = order(policy, MODELS)
+        held = dict.fromkeys(MODELS, False)
+        view = Allowed(held, lambda held: not held)
+        for model in whole:
+            held[model] = True
+            assert order(policy, view) == [model for model in whole if not held[model]]
 
     def test_passes_over_what_is_leased(self) -> None:
         """Models that may not go are passed over; the others keep their order among themselves."""

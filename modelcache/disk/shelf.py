@@ -232,8 +232,7 @@ class Shelf:
             raise self._read_only(model)
         self._agreed.look()
         with self._guard:
-            mine = [item for item in self.index.items.values() if item.record.source == self._source]
-            items = [item for item in mine if item.model == model]
+            items = self.index.of(model)
         if not items:
             return True
         due = self._agreed.change(lambda book: self._doom(book, items))
@@ -383,10 +382,9 @@ class Shelf:
     def _arrived(self, book: Book, item: Item) -> list[Item]:
         """Serve what was published, and begin to remove earlier versions of it."""
         self._agreed.learn(book)
-        prefix, _, _ = item.name.rpartition(".")
         with self._guard:
             self.index.become(item, State.PRESENT)
-            old = [at for name, at in self.index.items.items() if name.startswith(f"{prefix}.") and at is not item]
+            old = [at for at in self.index.of(item.model) if at is not item]
         self._agreed.mark(book, [item], State.PRESENT)
         return self._doom(book, old)
 

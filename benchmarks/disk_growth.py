@@ -39,6 +39,7 @@ FLAT = 2.0  # times that a decision may cost with the most models, beside the fe
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NAMES: Mapping[str, str] = {
     "intact": "start, ledger intact: ms",
+    "cpu": "of which CPU time: ms",
     "lost": "start, ledger lost: ms",
     "scan": "scan of each record: ms",
     "ratio": "ledger lost / scan",
@@ -95,7 +96,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def _mean(work: Callable[[int], object], times: int) -> float:
+def _median(work: Callable[[int], object], times: int) -> float:
     """Return the median seconds of one call."""
     seconds = []
     for number in range(times):
@@ -107,11 +108,12 @@ def _mean(work: Callable[[int], object], times: int) -> float:
 
 def _idle(root: Path) -> dict[str, float]:
     """Return what a process takes, and needs to start, with what is on record in ``root``."""
-    before = _resident()
+    before, cpu = _resident(), time.process_time()
     cache, seconds = _start(root)
+    cpu = time.process_time() - cpu
     rss = _resident() - before
     cache.close()
-    return {"intact": seconds * 1e3, "rss": rss / 1e6, "ledger": _ledger(root)}
+    return {"intact": seconds * 1e3, "cpu": cpu * 1e3, "rss": rss / 1e6, "ledger": _ledger(root)}
 
 
 def _lost(root: Path) -> dict[str, float]:
@@ -157,12 +159,12 @@ def _decide(root: Path) -> dict[str, float]:
             cache.disk.budget = shelf.index.used() - 1
 
         result = {
-            "open": _mean(lookup, LOOKUPS) * 1e6,
-            "miss": _mean(lambda number: shelf.open(f"nobody-{number}"), LOOKUPS) * 1e6,
-            "stats": _mean(lambda _: cache.stats(), LOOKS) * 1e3,
-            "models": _mean(lambda _: cache.models(), LOOKS) * 1e3,
-            "choose": _mean(choose, LOOKUPS) * 1e6,
-            "evict": _mean(evict, EVICTIONS) * 1e6,
+            "open": _median(lookup, LOOKUPS) * 1e6,
+            "miss": _median(lambda number: shelf.open(f"nobody-{number}"), LOOKUPS) * 1e6,
+            "stats": _median(lambda _: cache.stats(), LOOKS) * 1e3,
+            "models": _median(lambda _: cache.models(), LOOKS) * 1e3,
+            "choose": _median(choose, LOOKUPS) * 1e6,
+            "evict": _median(evict, EVICTIONS) * 1e6,
         }
         assert cache.stats().disk_evictions == EVICTIONS
     return result

@@ -232,7 +232,7 @@ class Book:
 _columns = operator.attrgetter(*(field.name for field in attrs.fields(Record)))  # astuple takes ten times as long
 
 
-def _row(  # noqa: PLR0913 - of a query
+def _row(
     name: str,
     state: int,
     owner: str | None,

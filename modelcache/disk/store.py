@@ -239,7 +239,7 @@ class Store:
         None where the system can't say now (no descriptor left, an I/O error).
         """
         try:
-            return {name for name in os.listdir(self._models) if is_published(name)}
+            return {name for name in os.listdir(self._models) if is_published(name)}  # noqa: PTH208 - no Paths
         except FileNotFoundError:
             return set()
         except OSError:

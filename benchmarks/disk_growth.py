@@ -35,7 +35,7 @@ LOOKUPS = 300
 EVICTIONS = 30
 LOOKS = 3
 SECOND = 1.0  # seconds that a start with an intact ledger may take
-FLAT = 2.0  # times that a decision may cost with the most models, beside the fewest
+FLAT = 2.0  # times that a decision may cost with more models, beside the fewest
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NAMES: Mapping[str, str] = {
     "intact": "start, ledger intact: ms",
@@ -233,10 +233,9 @@ def _report(found: Mapping[int, Mapping[str, Sequence[float]]]) -> int:
     show("Models on disk", heads, rows)
     large, small = middle[most], middle[fewest]
     claims = [(f"start under a second: {large['intact']:.0f} ms", large["intact"] < SECOND * 1e3)]
-    claims += [
-        (f"{NAMES[name]}: x {large[name] / small[name]:.1f}", large[name] < FLAT * small[name])
-        for name in ("open", "miss", "choose", "evict")
-    ]
+    for name in ("open", "miss", "choose", "evict"):
+        worst = max(figures_of[name] for figures_of in middle.values()) / small[name]
+        claims.append((f"{NAMES[name].rpartition(':')[0]} is flat: x {worst:.1f} at most", worst < FLAT))
     claims.append((f"a lost ledger is made anew as fast as a scan: x {large['ratio']:.2f}", large["ratio"] <= 1))
     for claim, met in claims:
         sys.stdout.write(f"{'PASS' if met else 'MISS'} {claim}\n")

@@ -6,9 +6,12 @@ decided in one, ``disk.index`` and ``disk.reserving``.
 """
 
 import enum
+import operator
 import secrets
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import attrs
 
@@ -51,6 +54,9 @@ class State(enum.IntEnum):
     """Its owner is removing it; its bytes count until it is gone."""
     GONE = 4
     """It is no more."""
+
+
+_STATES = tuple(State)  # by number: a call of the class takes ten times as long
 
 
 @attrs.frozen
@@ -142,27 +148,26 @@ class Book:
             return [], since, False
         whole = since < int(self._meta("horizon")) or since == 0
         query = (
-            "SELECT name, model, source, version, single, size, fetched, fetch_seconds, bytes, digest, state, owner, "
-            "used, uses, by FROM artifacts WHERE "
+            "SELECT name, state, owner, used, uses, by, source, single, "
+            "model, version, size, fetched, fetch_seconds, bytes, digest FROM artifacts WHERE "
         )
         if whole:
             found = self._sql(f"{query} state != ?", (State.GONE,))
         else:
             found = self._sql(f"{query} seq > ? ORDER BY seq", (since,))
-        rows = [Row(at[0], Record(*at[1:10]), State(at[10]), *at[11:]) for at in found]
-        return rows, seq, whole
+        return [_row(*at) for at in found], seq, whole
 
     def names(self) -> dict[str, State]:
         """Return the names of all folders that are on record and not gone, and what is to become of them."""
         found = self._sql("SELECT name, state FROM artifacts WHERE state != ?", (State.GONE,))
-        return {name: State(state) for name, state in found}
+        return {name: _STATES[state] for name, state in found}
 
     def add(self, found: Iterable[tuple[str, Record, float]], state: State, owner: str | None) -> None:
         """Take folders in: name, record, and seconds since the epoch of the last use of each."""
         seq = self._tick()
         self._many(
             "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
-            ((name, *attrs.astuple(record), state, owner, used, owner, seq) for name, record, used in found),
+            ((name, *_columns(record), state, owner, used, owner, seq) for name, record, used in found),
         )
 
     def mark(self, names: Iterable[str], state: State, owner: str | None) -> None:
@@ -234,6 +239,27 @@ class Book:
         """Forget a process that is dead, and all that was set aside for it."""
         self._sql("DELETE FROM holds WHERE owner = ?", (owner,))
         self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+
+
+_columns = operator.attrgetter(*(field.name for field in attrs.fields(Record)))  # astuple takes ten times as long
+
+
+def _row(
+    name: str,
+    state: int,
+    owner: str | None,
+    used: float,
+    uses: int,
+    by: str | None,
+    source: str,
+    single: str | None,
+    *rest: Any,
+) -> Row:
+    """Return one row; what many have in common is kept once."""
+    model, version, size, fetched, fetch_seconds, size_on_disk, digest = rest
+    single = None if single is None else sys.intern(single)
+    record = Record(model, sys.intern(source), version, single, size, fetched, fetch_seconds, size_on_disk, digest)
+    return Row(name, record, _STATES[state], owner, used, uses, by)
 
 
 def create(connection: sqlite3.Connection) -> None:

@@ -253,7 +253,8 @@ class Index:
             for name in [name for name in self.items if name not in listed]:
                 self.forget(self.items[name])
             rows.sort(key=lambda row: row.record.fetched)  # so that a policy finds the order of their coming
-        fresh = [item for row in rows if (item := self._learn(row, me)) is not None]
+        now = time.time()
+        fresh = [item for row in rows if (item := self._learn(row, me, now)) is not None]
         ours = [item for item in fresh if self.models.get(item.model) is item]
         recall_order(self._policy, [item.model for item in sorted(ours, key=lambda item: item.used)])
         if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
@@ -263,7 +264,7 @@ class Index:
         """Have all be learned anew: something was learned that did not come about."""
         self._epoch = ""
 
-    def _learn(self, row: Row, me: str) -> Item | None:
+    def _learn(self, row: Row, me: str, now: float) -> Item | None:
         """Take in one row; return the item where it is new here."""
         item = self.items.get(row.name)
         if row.state is State.GONE:
@@ -271,14 +272,15 @@ class Index:
                 self.forget(item)
             return None
         if item is None:
-            item = self.items[row.name] = Item(row.name, row.record, min(row.used, time.time()), row.uses, row.state)
-            self._bytes += item.bytes  # a time in the future is taken as now
+            used = min(row.used, now)  # a time in the future is taken as now
+            item = self.items[row.name] = Item(row.name, row.record, used, row.uses, row.state)
+            self._bytes += row.record.bytes
             self._place(item)
             return item
         if row.by != me and item is self.models.get(item.model):
             for _ in range(min(row.uses - item.uses, _TOLD)):
                 self.requested(item.model)
-        item.used, item.uses = max(item.used, min(row.used, time.time())), row.uses
+        item.used, item.uses = max(item.used, min(row.used, now)), row.uses
         self.become(item, row.state)
         return None
 
@@ -290,24 +292,33 @@ class Index:
 
     def _place(self, item: Item) -> None:
         """Put an item where its state says that it belongs."""
-        record, present = item.record, self.models.get(item.model)
+        record, state = item.record, item.state
+        present = self.models.get(record.model)
         for kind in (self._going, self._coming, self._strangers):
-            kind.pop(item.name, None)
-        if item.state is State.LEAVING:
+            if kind:
+                kind.pop(item.name, None)
+        if state is State.LEAVING:
             self._going[item.name] = item
-        if item.state is State.ARRIVING:
+        elif state is State.ARRIVING:
             self._coming[item.name] = item
-        serves = item.state is State.PRESENT and record.source == self._source
+        serves = state is State.PRESENT and record.source == self._source
         if serves and present is not item and (present is None or present.record.fetched <= record.fetched):
             if present is not None:
                 self._strangers[present.name] = present
-            self.models[record.model] = item
+            self.models[record.model] = present = item
             self._policy.admitted(Resident(record.model, record.bytes, record.fetch_seconds))
         elif not serves and present is item:
             del self.models[record.model]
             self._policy.removed(record.model)
-        if item.state in {State.PRESENT, State.DOOMED} and self.models.get(record.model) is not item:
+        if state is State.DOOMED or (state is State.PRESENT and present is not item):
             self._strangers[item.name] = item
+
+    def of(self, model: str) -> list[Item]:
+        """Return all versions of a model of this source; whatever is not served is in one of few, short lists."""
+        present = self.models.get(model)
+        others = [at for kind in (self._going, self._coming, self._strangers) for at in kind.values()]
+        found = [at for at in others if at.model == model and at.record.source == self._source]
+        return found if present is None else [present, *found]
 
     def forget(self, item: Item) -> None:
         """Drop an item whose files are gone."""

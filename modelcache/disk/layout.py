@@ -88,8 +88,9 @@ class Record:
 def _well_typed(record: Record) -> bool:
     texts = (record.model, record.source, record.version, record.digest, "" if record.single is None else record.single)
     numbers = (record.size, record.fetched, record.fetch_seconds, record.bytes)
-    plain = record.single is None or record.single == Path(record.single).name
-    return plain and all(isinstance(text, str) for text in texts) and all(isinstance(n, int | float) for n in numbers)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
+        return False
+    return record.single is None or ("/" not in record.single and record.single not in {".", ".."})
 
 
 def folder_prefix(source: str, model: str) -> str:

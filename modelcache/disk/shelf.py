@@ -244,8 +244,7 @@ class Shelf:
             raise self._read_only(model)
         self._agreed.look()
         with self._guard:
-            mine = [item for item in self.index.items.values() if item.record.source == self._source]
-            items = [item for item in mine if item.model == model]
+            items = self.index.of(model)
         if not items:
             return True
         due = self._agreed.change(lambda book: self._doom(book, items))
@@ -413,10 +412,8 @@ class Shelf:
         self._agreed.learn(book)
         book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)  # it may be another ledger
         self._agreed.learn(book)
-        prefix, _, _ = item.name.rpartition(".")
         with self._guard:
-            known = self.index.items.items()
-            old = [at for name, at in known if name.startswith(f"{prefix}.") and name != item.name]
+            old = [at for at in self.index.of(item.model) if at.name != item.name]
         if not late:
             return self._doom(book, old)
         book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)

@@ -27,7 +27,7 @@ import attrs
 from modelcache.disk import figures
 from modelcache.disk.book import Book, State
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, make_folder, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, read_text, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, FORMAT, MARKER, RECORD, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -250,7 +250,7 @@ class Store:
         None where the system can't say now (no descriptor left, an I/O error).
         """
         try:
-            return {folder.name for folder in self._models.iterdir() if is_published(folder.name)}
+            return {name for name in os.listdir(self._models) if is_published(name)}  # noqa: PTH208 - no Paths
         except FileNotFoundError:
             return set()
         except OSError:
@@ -266,11 +266,13 @@ class Store:
         Raises:
             OSError: this process has no descriptor or memory left to look.
         """
-        folder = self._models / name
+        folder = f"{self._models}/{name}"  # there may be very many: a Path would take longer than the system does
         try:
-            status = folder.lstat()
-            record = Record.from_json((folder / RECORD).read_text())
-            if record is None or not stat.S_ISDIR(status.st_mode) or not os.path.lexists(record.path(folder)):
+            status = os.lstat(folder)
+            record = Record.from_json(read_text(f"{folder}/{RECORD}"))
+            if record is None or not stat.S_ISDIR(status.st_mode):
+                return None
+            if not os.path.lexists(f"{folder}/{ARTIFACT}" + (f"/{record.single}" if record.single is not None else "")):
                 return None
             return Published(name, record, status.st_mtime)
         except (OSError, UnicodeDecodeError) as error:
@@ -291,7 +293,7 @@ class Store:
 
     def _fill(self, book: Book) -> None:
         """Write what lies in the folders into a new ledger."""
-        found = (self.read(name) for name in self.names() or ())
+        found = (self.read(name) for name in sorted(self.names() or ()))  # so the tables grow at their end
         book.add(((at.name, at.record, at.used) for at in found if at is not None), State.PRESENT, None)
 
     def exists(self, name: str) -> bool:

@@ -11,11 +11,12 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from modelcache.disk.agreeing import FetchedElsewhere
-from modelcache.disk.index import RECHECK
+from modelcache.disk.held import Held
+from modelcache.disk.items import RECHECK
 from modelcache.disk.layout import Record
-from modelcache.disk.reserving import Contention
-from modelcache.disk.shelf import Held, Shelf
+from modelcache.disk.publishing import Publisher
+from modelcache.disk.refusals import Contention, FetchedElsewhere
+from modelcache.disk.shelf import Shelf
 from modelcache.errors import AccessDenied, ArtifactChanged, LoadFailed, ModelCacheError, NoRoom
 from modelcache.events import Fetched
 from modelcache.fetch import fetch
@@ -74,6 +75,7 @@ class Fetcher(Generic[T]):
     Attributes:
         source: where they come from.
         shelf: the disk tier.
+        publisher: brings artifacts into it.
         flights: who waits.
         residents: who holds leases.
         guard: the cache's lock.
@@ -83,6 +85,7 @@ class Fetcher(Generic[T]):
 
     source: Source
     shelf: Shelf
+    publisher: Publisher
     flights: Flights[T]
     residents: Residents[T]
     guard: Guard
@@ -169,7 +172,7 @@ class Fetcher(Generic[T]):
 
     def _fetch(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Held:
         started = time.monotonic()
-        staging = self.shelf.stage(self._trip(flight), artifact.size, flight.least, quest.beside, quest.known)
+        staging = self.publisher.stage(self._trip(flight), artifact.size, flight.least, quest.beside, quest.known)
         flight.state = "fetching"
         with self.guard:
             flight.transfer.begin()
@@ -178,10 +181,10 @@ class Fetcher(Generic[T]):
                 self.source,
                 artifact,
                 staging,
-                grow=functools.partial(self.shelf.grow, staging),
+                grow=functools.partial(self.publisher.grow, staging),
                 check=lambda: check_cancelled(flight),
                 count=functools.partial(self._count, flight),
-                mode=self.shelf.mode,
+                mode=self.publisher.mode,
             )
             record = Record(
                 model=flight.model,
@@ -192,15 +195,15 @@ class Fetcher(Generic[T]):
                 fetched=self._stamp(flight.model),
                 fetch_seconds=time.monotonic() - started,
             )
-            held = self.shelf.publish(staging, record)
+            held = self.publisher.publish(staging, record)
         except OSError as error:
-            self.shelf.discard(staging)
+            self.publisher.discard(staging)
             if isinstance(error, ModelCacheError):
                 raise
-            raise _disk_error(error, flight.model, staging.folder, artifact.size, self.shelf.free()) from error
+            raise _disk_error(error, flight.model, staging.folder, artifact.size, self.publisher.free()) from error
         except BaseException:
             flight.least = max(flight.least, staging.charged)  # a next try asks for all of it before it begins
-            self.shelf.discard(staging)
+            self.publisher.discard(staging)
             raise
         flight.fetch_seconds = record.fetch_seconds
         with self.guard:

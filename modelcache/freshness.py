@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modelcache.disk.index import Item
+from modelcache.disk.items import Item
 from modelcache.errors import ModelCacheError
 from modelcache.flights import Flight
 from modelcache.memory.entries import Entry

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from modelcache.disk import figures
 from modelcache.disk.figures import Figures
-from modelcache.disk.shelf import Held
+from modelcache.disk.held import Held
 from modelcache.guard import Guard
 from modelcache.memory.entries import Entry
 from modelcache.memory.residents import Residents

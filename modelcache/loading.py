@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 
 import attrs
 
-from modelcache.disk.shelf import Held, Shelf
+from modelcache.disk.held import Held
+from modelcache.disk.shelf import Shelf
 from modelcache.errors import CacheClosed, LoadFailed, ModelCacheError, NoRoom, Timeout
 from modelcache.events import Failed, Loaded, Reason
 from modelcache.fetching import Fetcher, InPlace

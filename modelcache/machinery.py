@@ -7,15 +7,18 @@ their end ``closing``.
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from modelcache.above import Above
 from modelcache.calling import check_callable, make_load
 from modelcache.disk.agreeing import Agreement
+from modelcache.disk.held import Held
 from modelcache.disk.index import Index
+from modelcache.disk.publishing import Publisher
 from modelcache.disk.reserving import DiskRoom
-from modelcache.disk.shelf import Held, Shelf
+from modelcache.disk.shelf import Shelf
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import CacheClosed, ConfigError, ModelCacheError
 from modelcache.events import Hit, Missed, Reason
@@ -97,13 +100,15 @@ class Machinery(Generic[T]):
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
-        self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, _Upstairs(self), self.teller)
+        self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, Above(self.residents, self.room), self.teller)
         self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, self.disk_room, self.teller)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
         self.flights.pressed = self.workers.pressed
         self.monitor = Monitor(self._look, self.memory.interval)
+        store, room = self.disk.store, self.disk_room
+        publisher = Publisher(store, self.source.url, self.guard, index, agreed, room)
         self.fetcher: Fetcher[T] = Fetcher(
-            self.source, self.shelf, self.flights, self.residents, self.guard, self.teller
+            self.source, self.shelf, publisher, self.flights, self.residents, self.guard, self.teller
         )
         self.freshness = Freshness(revalidate_after)
         self.loader: Loader[T] = Loader(
@@ -285,27 +290,6 @@ class Machinery(Generic[T]):
         for entry in entries:
             if entry.doomed is not None:
                 self.room.release(entry)
-
-
-class _Upstairs:
-    """The memory tier, as the disk tier sees it."""
-
-    def __init__(self, parts: Machinery[Any]) -> None:
-        self._parts = parts
-
-    def give_up(self, models: Iterable[str], reason: Reason, figures: dict[str, int], for_model: str) -> bool:
-        return self._parts.room.give_up(frozenset(models), reason, figures, for_model)
-
-    def idle(self, models: Iterable[str]) -> bool:
-        resident = self._parts.residents.resident
-        return any(model in resident and not resident[model].holds for model in models)
-
-    def unmet(self, *, over: bool) -> None:
-        self._parts.residents.disk_over = over
-        self._parts.residents.update_short()
-
-    def holders(self, models: Iterable[str]) -> tuple[tuple[str, int, float], ...]:
-        return self._parts.residents.holders(frozenset(models))
 
 
 def _unused(tier: Any, kind: Any, setting: str) -> Any:

@@ -6,7 +6,8 @@ What room is made for whom is ``memory.admission`` and ``disk.reserving``; who g
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from modelcache.disk.index import RECHECK, Index
+from modelcache.disk.index import Index
+from modelcache.disk.items import RECHECK
 from modelcache.errors import NoRoom
 from modelcache.flights import Cancelled, Flight, Flights
 from modelcache.guard import Guard

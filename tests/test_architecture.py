@@ -39,6 +39,7 @@ ORDER = (
     "fetch",
     "disk",
     "memory",
+    "above",
     "flights",
     "freshness",
     "workers",

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from modelcache.disk.book import Book, Hold, State
-from modelcache.disk.index import Index, Item, Others, Staging
+from modelcache.disk.index import Index
+from modelcache.disk.items import Item, Others, Staging
 from modelcache.disk.ledger import patience
+from modelcache.disk.refusals import FetchedElsewhere
 from modelcache.disk.store import Store
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
@@ -25,10 +27,6 @@ _log = logging.getLogger("modelcache")
 _REST = 5.0  # seconds until uses are told again where that failed
 _BATCH = 64  # uses that are told at once, where nothing else is to be told
 _PATIENCE = 3.0  # seconds that the end of a cache waits for other processes to decide
-
-
-class FetchedElsewhere(Exception):
-    """Another process is fetching the model already."""
 
 
 class Agreement:
@@ -231,6 +229,21 @@ class Agreement:
         """Say what is to become of items."""
         owner = self._store.owner if state in {State.LEAVING, State.ARRIVING} else None
         book.mark([item.name for item in items], state, owner)
+
+    def doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
+        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former."""
+        self.learn(book)
+        with self._guard:
+            begun = [item for item in items if item.state is State.LEAVING]
+            stay = [item for item in items if item.state is not State.GONE and item.state is not State.LEAVING]
+            due = [item for item in stay if not item.pins]
+            for item in stay:
+                item.was = State.DOOMED  # also where another process reads it
+                self._index.become(item, State.DOOMED if item.pins else State.LEAVING)
+        self.mark(book, begun, State.DOOMED)  # or it would stay after all where its remover finds it read
+        self.mark(book, [item for item in stay if item not in due], State.DOOMED)
+        self.mark(book, due, State.LEAVING)
+        return due
 
     def touched(self, item: Item) -> None:
         """Book a use; others are told with the next thing that they are told, or with many."""

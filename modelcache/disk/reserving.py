@@ -3,57 +3,26 @@
 It acts, outside the guard, on what ``disk.index`` decides under it; files are removed by ``disk.store``.
 """
 
+import functools
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import attrs
 
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
-from modelcache.disk.index import RECHECK, DiskLimits, DiskShortage, Index, Item, Staging, Wish
+from modelcache.disk.index import Index
+from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Staging, Wish
+from modelcache.disk.refusals import Contention, no_room, too_large
 from modelcache.disk.sweeping import sweep
 from modelcache.disk.tier import DiskTier
-from modelcache.errors import NoRoom, TooLarge
-from modelcache.events import Event, Evicted, Reason
+from modelcache.disk.upstairs import Upstairs
+from modelcache.events import Event, Evicted
 from modelcache.guard import Guard
 from modelcache.telling import Teller, complain
-from modelcache.units import format_bytes, format_holders
 
 _STUCK = 30.0  # seconds until the removal of what the system refuses to remove is tried again
-
-
-class Upstairs(Protocol):
-    """What the disk tier must know of the memory tier, which keeps the files of its models."""
-
-    def give_up(self, models: Collection[str], reason: Reason, figures: dict[str, int], for_model: str) -> bool:
-        """Evict the coldest idle one of ``models`` from memory; return whether there was one."""
-        ...
-
-    def idle(self, models: Collection[str]) -> bool:
-        """Whether one of ``models`` could be evicted from memory now; the guard is held."""
-        ...
-
-    def unmet(self, *, over: bool) -> None:
-        """Note whether a limit of the disk tier waits for a lease to end; the guard is held."""
-        ...
-
-    def holders(self, models: Collection[str]) -> tuple[tuple[str, int, float], ...]:
-        """Return ``(model, leases, age of the oldest in seconds)`` for each leased one; the guard is held."""
-        ...
-
-
-class Contention(Exception):
-    """Two fetches wait for one another's room: this one gives up its share, and starts again later.
-
-    Attributes:
-        need: bytes to reserve at the next start, so that the two do not meet again.
-    """
-
-    def __init__(self, need: int) -> None:
-        super().__init__(need)
-        self.need = need
 
 
 @attrs.frozen
@@ -120,7 +89,7 @@ class DiskRoom:
         while True:
             limits = self._read_limits()
             if limits.budget is not None and staging.beside + staging.reserved + amount > limits.budget:
-                raise _too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
+                raise too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
             decision = self._decide(staging, amount, limits, evict=swept)
             if decision.granted:
                 return
@@ -170,7 +139,8 @@ class DiskRoom:
                 self._agreed.hold(book, staging, staging.reserved + amount)
             return _Decision(shortage, granted, list(victims), told)
 
-        decision = self._agreed.change(decide, self._checks(staging))
+        check = None if staging is None else functools.partial(self._check, staging)
+        decision = self._agreed.change(decide, check)
         if staging is not None:
             self._note(staging, amount, granted=decision.granted)
         return decision
@@ -186,15 +156,9 @@ class DiskRoom:
                 self._guard.notify()  # who gives way to it learns of it
             staging.lacking = not granted
 
-    def _checks(self, staging: Staging | None) -> Callable[[], None] | None:
-        if staging is None:
-            return None
-
-        def check() -> None:
-            with self._guard:
-                staging.wish.check()
-
-        return check
+    def _check(self, staging: Staging) -> None:
+        with self._guard:
+            staging.wish.check()
 
     def _others(self, staging: Staging) -> list[str]:
         """Return the models that could give up their files: not this one, whose old version stays until then."""
@@ -234,7 +198,9 @@ class DiskRoom:
                     return
                 if shortage.missing > 0 and self._upstairs.idle(self._others(staging)):
                     return  # it became idle since it was asked for
-                refusal = self._no_room(staging, amount, shortage)
+                refusal = no_room(
+                    wish.model, amount, shortage, self._store.path, self._upstairs.holders(self._index.pinned())
+                )
                 wish.refused(refusal)
                 rivals = self._rivals(others, wish) or self._index.others.sharing
                 if staging.reserved and rivals and not moving:
@@ -253,25 +219,6 @@ class DiskRoom:
         """Whether others hold a share and would not give it to this one of themselves; the guard is held."""
         urgent = wish.urgent
         return any(other.reserved and (other.wish.urgent or not urgent) for other in others)
-
-    def _no_room(self, staging: Staging, amount: int, shortage: DiskShortage) -> NoRoom:
-        model, figures = staging.wish.model, shortage.figures
-        holders = self._upstairs.holders(self._index.pinned())
-        by_budget = shortage.reason is Reason.DISK_BUDGET
-        where = "in" if by_budget else "on the file system of"
-        advice = "raise disk.budget" if by_budget else "free the disk, or lower disk.min_free"
-        return NoRoom(
-            f"no room on disk for {model!a}: it needs {format_bytes(amount)} more, {shortage.reason} allows "
-            f"{format_bytes(figures['high'])} and {format_bytes(figures['used'])} are taken {where} {self._store.path}"
-            + (f", held by leases on {format_holders(holders)}" if holders else "")
-            + f": {advice}",
-            model=model,
-            tier="disk",
-            need=amount,
-            used=figures["used"],
-            limit=figures["high"],
-            holders=holders,
-        )
 
     def _evicted(self, item: Item, shortage: DiskShortage, for_model: str | None) -> Event:
         self.evictions += 1
@@ -369,15 +316,3 @@ class DiskRoom:
                 self.remove(victims)
             elif shortage.missing <= 0 or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, ""):
                 return
-
-
-def _too_large(model: str, need: int, beside: int, budget: int) -> TooLarge:
-    old = f", beside the {format_bytes(beside)} of its old version" if beside else ""
-    return TooLarge(
-        f"model {model!a} needs {format_bytes(need)} on disk{old}, more than the whole disk budget "
-        f"of {format_bytes(budget)}: raise disk.budget",
-        model=model,
-        tier="disk",
-        need=need,
-        limit=budget,
-    )

@@ -1,62 +1,30 @@
-"""The artifacts on disk: open, stage, publish, delete.
+"""The artifacts on disk, as they are read: open, compare, release, delete.
 
-What may stay is decided by ``disk.index`` and agreed on with other processes by ``disk.agreeing``; room is made by
-``disk.reserving``; files are ``disk.store``'s.
+What may stay is decided by ``disk.index`` and agreed on with other processes by ``disk.agreeing``; files are
+``disk.store``'s. How an artifact comes there is ``disk.publishing``.
 """
 
 import contextlib
 import time
 from collections.abc import Iterable
-from pathlib import Path
-
-import attrs
 
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
-from modelcache.disk.index import RECHECK, Index, Item, Staging, Wish
-from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
+from modelcache.disk.held import Held
+from modelcache.disk.index import Index
+from modelcache.disk.items import RECHECK, Item, Wish
 from modelcache.disk.ledger import patience
 from modelcache.disk.pins import Pin
+from modelcache.disk.refusals import read_only
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.sweeping import sweep
 from modelcache.disk.tier import DiskTier
-from modelcache.errors import AccessDenied, ArtifactCorrupt, ModelCacheError
+from modelcache.errors import ArtifactCorrupt, ModelCacheError
 from modelcache.events import Failed, Reason
 from modelcache.guard import Guard
 from modelcache.telling import Teller, complain
 
 _MOMENT = 0.02  # seconds until what other processes are doing is looked at again
-_OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
-
-
-@attrs.define(eq=False)
-class Held:
-    """A published artifact that no process removes while this is open.
-
-    Attributes:
-        item: what it is.
-        folder: where it lies.
-        pin: what keeps it there; None once it was released.
-    """
-
-    item: Item
-    folder: Path
-    pin: Pin | None
-
-    @property
-    def path(self) -> Path:
-        """What the loader gets."""
-        return self.item.record.path(self.folder)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the artifact's files."""
-        return self.item.record.size
-
-    @property
-    def version(self) -> str:
-        """The source's version of it."""
-        return self.item.record.version
 
 
 class Shelf:
@@ -98,18 +66,9 @@ class Shelf:
             agreed.warn()
 
     @property
-    def mode(self) -> int:
-        """Permissions of folders made in this tier."""
-        return self._store.mode
-
-    @property
     def busy(self) -> bool:
         """Whether this very thread is in the middle of a decision that all processes share."""
         return self._agreed.busy
-
-    def free(self) -> int:
-        """Return the bytes that the file system has left."""
-        return self._store.free()
 
     def look(self) -> None:
         """Learn what other processes have changed, where that can be done now; never raises."""
@@ -166,7 +125,7 @@ class Shelf:
         if pin is not None or self._store.spoilt(item.name):
             if self._store.writable:
                 self._tell_damaged(item)
-                self._room.remove(self._agreed.change(lambda book: self._doom(book, [item])))
+                self._room.remove(self._agreed.change(lambda book: self._agreed.doom(book, [item])))
             else:
                 with self._guard:
                     self.index.forget(item)
@@ -219,35 +178,20 @@ class Shelf:
         try:
             self._agreed.look()  # another process may have replaced or deleted it
             if item.state is State.DOOMED:
-                self._room.remove(self._agreed.change(lambda book: self._doom(book, [item]), patience()))
+                self._room.remove(self._agreed.change(lambda book: self._agreed.doom(book, [item]), patience()))
         except OSError as error:  # it goes when room is wanted
             complain("%s can't be removed now", item.name, error=error)
-
-    def _doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
-        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former."""
-        self._agreed.learn(book)
-        with self._guard:
-            begun = [item for item in items if item.state is State.LEAVING]
-            stay = [item for item in items if item.state is not State.GONE and item.state is not State.LEAVING]
-            due = [item for item in stay if not item.pins]
-            for item in stay:
-                item.was = State.DOOMED  # also where another process reads it
-                self.index.become(item, State.DOOMED if item.pins else State.LEAVING)
-        self._agreed.mark(book, begun, State.DOOMED)  # or it would stay after all where its remover finds it read
-        self._agreed.mark(book, [item for item in stay if item not in due], State.DOOMED)
-        self._agreed.mark(book, due, State.LEAVING)
-        return due
 
     def delete(self, model: str) -> bool:
         """Remove all versions of a model's artifact, pinned ones with their last pin; return whether all is gone."""
         if not self._store.writable:
-            raise self._read_only(model)
+            raise read_only(model, self._store.path)
         self._agreed.look()
         with self._guard:
             items = self.index.of(model)
         if not items:
             return True
-        due = self._agreed.change(lambda book: self._doom(book, items))
+        due = self._agreed.change(lambda book: self._agreed.doom(book, items))
         return not self._room.remove(due) and len(due) == len(items)
 
     def await_others(self, wish: Wish) -> Held | None:
@@ -271,153 +215,6 @@ class Shelf:
         finally:
             wish.state = state
         return self.open(wish.model)
-
-    def stage(self, wish: Wish, size: int, least: int, beside: int = 0, known: str = "") -> Staging:
-        """Reserve room for a download of ``size`` bytes, ``least`` in all, and return a folder for it.
-
-        ``beside``: bytes of the version on disk that stays until this one is published; ``known``: its folder's name.
-
-        Raises:
-            TooLarge: it can never fit within the budget; nothing was downloaded.
-            NoRoom: what is in the way is leased, or not ours.
-            FetchedElsewhere: another process is fetching it already.
-            Contention: give up, and try again with more.
-            AccessDenied: the folder can only be read.
-            OSError: the disk is full, or broken.
-        """
-        if not self._store.writable:
-            raise self._read_only(wish.model)
-        self._clear_debris()
-        staging = Staging(wish, self._store.path, beside=beside, known=known)
-        with self._guard:
-            self.index.stagings.add(staging)
-        try:
-            self._room.reserve(staging, max(charged(size) + _OVERHEAD, least))
-            staging.folder = self._store.stage()
-        except BaseException:
-            self._drop(staging)
-            raise
-        staging.charged = _OVERHEAD
-        return staging
-
-    def _read_only(self, model: str) -> AccessDenied:
-        return AccessDenied(
-            f"model {model!a} is not in disk folder {self._store.path}, or not as it should be, and that folder can "
-            f"only be read: give DiskTier a folder that this user may write to",
-            model=model,
-            source=str(self._store.path),
-        )
-
-    def grow(self, staging: Staging, amount: int) -> None:
-        """Charge bytes about to be written (negative: given back); make room where the reservation is used up.
-
-        Raises:
-            TooLarge, NoRoom, Contention, OSError: as ``stage``.
-        """
-        staging.charged += amount
-        if staging.charged > staging.reserved:
-            self._room.reserve(staging, staging.charged - staging.reserved)
-
-    def discard(self, staging: Staging) -> None:
-        """Delete what was staged, and give its reservation back."""
-        gone = self._store.discard(staging.folder)
-        self._drop(staging, None if gone else staging.folder)
-
-    def _clear_debris(self) -> None:
-        with self._guard:
-            debris = list(self.index.debris)
-        gone = [folder for folder in debris if self._store.discard(folder)]
-        if gone:
-            with self._guard:
-                ids = [self.index.debris.pop(folder) for folder in gone if folder in self.index.debris]
-            self._agreed.settle(lambda book: self._let_go(book, ids))
-
-    def _let_go(self, book: Book, ids: Iterable[str]) -> None:
-        book.let_go(ids)
-        self._agreed.count(book)
-
-    def _drop(self, staging: Staging, debris: Path | None = None) -> None:
-        """Give a reservation back; what can't be deleted now (no descriptor left, say) counts until it is gone."""
-        with self._guard:
-            self.index.stagings.discard(staging)
-        if staging.listed:
-            self._agreed.drop(staging, debris)
-        with self._guard:
-            self._guard.notify()
-
-    def publish(self, staging: Staging, record: Record) -> Held:
-        """Make a staged artifact visible, durably, and return it pinned.
-
-        Raises:
-            TooLarge, NoRoom, Contention: what the file system allocated does not fit.
-            OSError: the disk is full, or broken.
-        """
-        record = self._store.seal(staging.folder, record)
-        if record.bytes > staging.reserved:
-            self._room.reserve(staging, record.bytes - staging.reserved)
-        name = self._store.new_name(folder_prefix(self._source, record.model))
-        self._agreed.change(lambda book: self._arriving(book, staging, name, record))
-        with self._guard:
-            self.index.stagings.discard(staging)
-            item = self.index.items[name]
-            item.verified = True
-            self.index.pin(item)  # before anybody sees it, so that nobody removes it first
-        pin = None
-        try:
-            self._store.publish(staging.folder, name)
-            pin = self._store.pin(name)
-        except BaseException:
-            if pin is not None:
-                pin.close()
-            with self._guard:
-                self.index.unpin(item)
-            self._store.withdraw(name, staging.folder)
-            self._agreed.settle(lambda book: self._returned(book, staging, item))
-            raise
-        late: list[bool] = []
-        old = self._agreed.settle(lambda book: self._arrived(book, item, late=bool(late))) or []
-        late.append(True)
-        with self._guard:
-            item = self._same(item)
-            self._guard.notify()
-        self._room.remove(old)
-        return Held(item, self._store.folder(name), pin)
-
-    def _same(self, item: Item) -> Item:
-        """Return what is now known under a pinned item's name: the ledger may be a new one; the guard is held."""
-        now = self.index.items.get(item.name, item)
-        if now is not item:
-            self.index.pin(now)
-            self.index.unpin(item)
-        now.verified = item.verified
-        return now
-
-    def _arriving(self, book: Book, staging: Staging, name: str, record: Record) -> None:
-        """Count the folder instead of the staging, before it is there: so no crash leaves it uncounted."""
-        self._agreed.learn(book)
-        book.let_go([staging.id])
-        book.add([(name, record, record.fetched)], State.ARRIVING, self._store.owner)
-        self._agreed.learn(book)
-
-    def _returned(self, book: Book, staging: Staging, item: Item) -> None:
-        """Count the staging again: it could not be published."""
-        self._agreed.learn(book)
-        book.gone([item.name])
-        with self._guard:
-            self.index.forget(item)
-        self._agreed.hold(book, staging, staging.reserved)
-
-    def _arrived(self, book: Book, item: Item, *, late: bool) -> list[Item]:
-        """Serve what was published, and begin to remove earlier versions of it; ``late``: leave that to others."""
-        self._agreed.learn(book)
-        book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)  # it may be another ledger
-        self._agreed.learn(book)
-        with self._guard:
-            old = [at for at in self.index.of(item.model) if at.name != item.name]
-        if not late:
-            return self._doom(book, old)
-        book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)
-        return []
 
     def before_fork(self) -> None:
         """Close what must not come over a fork."""

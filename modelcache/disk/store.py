@@ -10,8 +10,6 @@ anything else.
 
 import contextlib
 import errno
-import fcntl
-import json
 import logging
 import os
 import secrets
@@ -19,7 +17,7 @@ import shutil
 import stat
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
@@ -29,20 +27,25 @@ from modelcache.disk.book import Book, State
 from modelcache.disk.digests import digest_of
 from modelcache.disk.files import allocated, make_folder, read_text, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
-from modelcache.disk.layout import ARTIFACT, FORMAT, MARKER, RECORD, Record, is_published
+from modelcache.disk.layout import ARTIFACT, RECORD, Record, is_published
 from modelcache.disk.ledger import Ledger
-from modelcache.disk.pins import Pin, Pins, RangePins
-from modelcache.disk.workshop import Workshop, no_locks
+from modelcache.disk.opening import (
+    check_format,
+    check_owner,
+    is_filled,
+    make_pins,
+    mark,
+    refuse_network,
+    told,
+    warn,
+)
+from modelcache.disk.pins import Pin, Pins
+from modelcache.disk.workshop import Workshop
 from modelcache.errors import AccessDenied, ConfigError
-from modelcache.mounts import file_system
 
 _log = logging.getLogger("modelcache")
-_MEMORY = {"tmpfs", "ramfs"}
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
 
 
 @attrs.frozen
@@ -80,7 +83,7 @@ class Store:
         self._workshop = Workshop(path / "tmp", mode)
         self._pins: Pins = FolderPins()  # which has nothing open yet
         self.ledger = Ledger(path / "ledger.sqlite3", mode, self._fill)
-        with _told(path):
+        with told(path):
             self._open()
         weakref.finalize(self, self._workshop.close)  # for a tier that never gets a cache to close it
 
@@ -88,86 +91,27 @@ class Store:
         try:
             self._prepare()
         except OSError as error:
-            if isinstance(error, AccessDenied) or error.errno not in _READ_ONLY or not self._readable():
+            if isinstance(error, AccessDenied) or error.errno not in _READ_ONLY or not is_filled(self.path):
                 raise
-            self._check_format(self.path / MARKER)
             self.writable = False
             self.ledger = Ledger(None, self.mode, self._fill)
             _log.warning("%s can only be read: models in it are served, others can't be fetched", self.path)
-        else:
-            self._check_format(self.path / MARKER)
         try:
-            self._pins = self._make_pins()
+            check_format(self.path)
+            self._pins = make_pins(self.path, self.mode, writable=self.writable)
         except ConfigError:
             self.close()
             raise
-        kind = file_system(self.path)
-        if kind in _MEMORY:
-            _log.warning(
-                "%s lies on a %s: artifacts there take memory, also of the container's limit, which evicts models; "
-                "give DiskTier a folder on a disk",
-                self.path,
-                kind,
-            )
-        if stat.S_IMODE(self.path.stat().st_mode) & 0o022 & ~self.mode:
-            _log.warning("%s may be written to by others; what modelcache makes inside it is private", self.path)
-
-    def _readable(self) -> bool:
-        return self._models.is_dir() and (self.path / MARKER).is_file()
+        warn(self.path, self.mode)
 
     def _prepare(self) -> None:
         """Make what is missing, and make sure that it can be written to."""
         self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
-        if (kind := file_system(self.path)) in _NETWORK:
-            raise ConfigError(
-                f"disk folder {self.path} is on a network file system ({kind}), where locks and SQLite's log don't "
-                "hold: give DiskTier a folder on a local one; LocalSource reads models from a network mount",
-                setting="path",
-                value=str(self.path),
-            )
+        refuse_network(self.path)
         for folder in (self._models, self.path / "tmp"):
             make_folder(folder, self.mode)
-            self._check_owner(folder)
-        workshop = self._workshop.folder()
-        marker = self.path / MARKER
-        if not marker.exists() or _format_of(marker) < FORMAT:
-            draft = workshop / marker.name
-            draft.write_text(json.dumps({"format": FORMAT}))
-            draft.chmod(self.mode & 0o666)
-            draft.rename(marker)
-
-    def _make_pins(self) -> Pins:
-        if not hasattr(fcntl, "F_OFD_SETLK"):
-            return FolderPins()
-        pins = RangePins(self.path / "leases", self.mode, writable=self.writable)
-        if self.writable:
-            try:
-                pins.probe()
-            except OSError as error:
-                raise no_locks(self.path, error) from error
-        return pins
-
-    def _check_owner(self, folder: Path) -> None:
-        status = folder.stat()
-        shared = self.mode & 0o022
-        foreign = status.st_uid != os.geteuid() and not shared
-        if foreign or stat.S_IMODE(status.st_mode) & 0o022 & ~self.mode:
-            whose = f"belongs to uid {status.st_uid}" if foreign else "may be written to by others"
-            raise AccessDenied(
-                f"disk folder {folder} {whose}, and a model from there would run their code: "
-                "give DiskTier a folder of your own, or set mode= for one that is shared on purpose",
-                source=str(folder),
-            )
-
-    def _check_format(self, marker: Path) -> None:
-        if (found := _format_of(marker)) > FORMAT:
-            self.close()
-            raise ConfigError(
-                f"disk folder {self.path} is of format {found}, this modelcache knows {FORMAT}: "
-                "upgrade modelcache, or give it another folder",
-                setting="path",
-                value=str(self.path),
-            )
+            check_owner(folder, self.mode)
+        mark(self.path, self._workshop.folder(), self.mode)
 
     @property
     def owner(self) -> str:
@@ -373,32 +317,3 @@ def _raise_short(error: Exception) -> None:
     """Raise what says something of this process, and nothing of the file that it wanted to read."""
     if isinstance(error, OSError) and error.errno in _SHORT:
         raise error
-
-
-def _format_of(marker: Path) -> int:
-    try:
-        found = json.loads(marker.read_text())["format"]
-    except (ValueError, KeyError, TypeError):
-        return 0
-    return found if isinstance(found, int) else 0
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn what the system says of the folder into errors that say what to do."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, AccessDenied):
-            raise
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise AccessDenied(
-                f"disk folder {path} can't be written ({error.strerror}): give DiskTier a folder that this user "
-                f"(uid {os.geteuid()}) may write to",
-                source=str(path),
-            ) from error
-        raise ConfigError(
-            f"disk folder {path} can't be used ({error}): give DiskTier a folder on a local file system",
-            setting="path",
-            value=str(path),
-        ) from error

@@ -36,8 +36,8 @@ source.artifacts["a"] = tar({f"part{n}/file": (text * 3000).encode() for n in ra
 if point == "read":
     source.gate = step
 elif point == "grow":
-    from modelcache.disk.shelf import Shelf
-    before(Shelf, "grow")
+    from modelcache.disk.publishing import Publisher
+    before(Publisher, "grow")
 elif point == "mkdir":
     before(os, "mkdir")
 elif point == "rename":

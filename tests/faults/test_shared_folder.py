@@ -349,7 +349,7 @@ def test_f022_locks_that_exclude_nobody(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_f040_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """F040: a network file system is refused at construction, before anything is written."""
-    monkeypatch.setattr("modelcache.disk.store.file_system", lambda path: "nfs4")
+    monkeypatch.setattr("modelcache.disk.opening.file_system", lambda path: "nfs4")
     with pytest.raises(ConfigError, match=r"network file system \(nfs4\).*LocalSource"):
         DiskTier(tmp_path / "disk")
     assert list((tmp_path / "disk").iterdir()) == []

@@ -1,0 +1,192 @@
+"""From a reservation to a published artifact: stage, charge, publish, or give all of it back.
+
+What is fetched into the staged folder is ``fetch``'s business, room is made by ``disk.reserving``; what is published is
+read by way of ``disk.shelf``.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from modelcache.disk.agreeing import Agreement
+from modelcache.disk.book import Book, State
+from modelcache.disk.held import Held
+from modelcache.disk.index import Index
+from modelcache.disk.items import Item, Staging, Wish
+from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
+from modelcache.disk.refusals import read_only
+from modelcache.disk.reserving import DiskRoom
+from modelcache.disk.store import Store
+from modelcache.guard import Guard
+
+_OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
+
+
+class Publisher:
+    """Brings artifacts into one disk tier.
+
+    Args:
+        store: its folder.
+        source: URL of the cache's source.
+        guard: the cache's lock.
+        index: what lies there.
+        agreed: what all processes agree on.
+        room: makes room for more.
+    """
+
+    def __init__(
+        self, store: Store, source: str, guard: Guard, index: Index, agreed: Agreement, room: DiskRoom
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._guard = guard
+        self._index = index
+        self._agreed = agreed
+        self._room = room
+
+    @property
+    def mode(self) -> int:
+        """Permissions of folders made in this tier."""
+        return self._store.mode
+
+    def free(self) -> int:
+        """Return the bytes that the file system has left."""
+        return self._store.free()
+
+    def stage(self, wish: Wish, size: int, least: int, beside: int = 0, known: str = "") -> Staging:
+        """Reserve room for a download of ``size`` bytes, ``least`` in all, and return a folder for it.
+
+        ``beside``: bytes of the version on disk that stays until this one is published; ``known``: its folder's name.
+
+        Raises:
+            TooLarge: it can never fit within the budget; nothing was downloaded.
+            NoRoom: what is in the way is leased, or not ours.
+            FetchedElsewhere: another process is fetching it already.
+            Contention: give up, and try again with more.
+            AccessDenied: the folder can only be read.
+            OSError: the disk is full, or broken.
+        """
+        if not self._store.writable:
+            raise read_only(wish.model, self._store.path)
+        self._clear_debris()
+        staging = Staging(wish, self._store.path, beside=beside, known=known)
+        with self._guard:
+            self._index.stagings.add(staging)
+        try:
+            self._room.reserve(staging, max(charged(size) + _OVERHEAD, least))
+            staging.folder = self._store.stage()
+        except BaseException:
+            self._drop(staging)
+            raise
+        staging.charged = _OVERHEAD
+        return staging
+
+    def grow(self, staging: Staging, amount: int) -> None:
+        """Charge bytes about to be written (negative: given back); make room where the reservation is used up.
+
+        Raises:
+            TooLarge, NoRoom, Contention, OSError: as ``stage``.
+        """
+        staging.charged += amount
+        if staging.charged > staging.reserved:
+            self._room.reserve(staging, staging.charged - staging.reserved)
+
+    def discard(self, staging: Staging) -> None:
+        """Delete what was staged, and give its reservation back."""
+        gone = self._store.discard(staging.folder)
+        self._drop(staging, None if gone else staging.folder)
+
+    def _clear_debris(self) -> None:
+        with self._guard:
+            debris = list(self._index.debris)
+        gone = [folder for folder in debris if self._store.discard(folder)]
+        if gone:
+            with self._guard:
+                ids = [self._index.debris.pop(folder) for folder in gone if folder in self._index.debris]
+            self._agreed.settle(lambda book: self._let_go(book, ids))
+
+    def _let_go(self, book: Book, ids: Iterable[str]) -> None:
+        book.let_go(ids)
+        self._agreed.count(book)
+
+    def _drop(self, staging: Staging, debris: Path | None = None) -> None:
+        """Give a reservation back; what can't be deleted now (no descriptor left, say) counts until it is gone."""
+        with self._guard:
+            self._index.stagings.discard(staging)
+        if staging.listed:
+            self._agreed.drop(staging, debris)
+        with self._guard:
+            self._guard.notify()
+
+    def publish(self, staging: Staging, record: Record) -> Held:
+        """Make a staged artifact visible, durably, and return it pinned.
+
+        Raises:
+            TooLarge, NoRoom, Contention: what the file system allocated does not fit.
+            OSError: the disk is full, or broken.
+        """
+        record = self._store.seal(staging.folder, record)
+        if record.bytes > staging.reserved:
+            self._room.reserve(staging, record.bytes - staging.reserved)
+        name = self._store.new_name(folder_prefix(self._source, record.model))
+        self._agreed.change(lambda book: self._arriving(book, staging, name, record))
+        with self._guard:
+            self._index.stagings.discard(staging)
+            item = self._index.items[name]
+            item.verified = True
+            self._index.pin(item)  # before anybody sees it, so that nobody removes it first
+        pin = None
+        try:
+            self._store.publish(staging.folder, name)
+            pin = self._store.pin(name)
+        except BaseException:
+            if pin is not None:
+                pin.close()
+            with self._guard:
+                self._index.unpin(item)
+            self._store.withdraw(name, staging.folder)
+            self._agreed.settle(lambda book: self._returned(book, staging, item))
+            raise
+        late: list[bool] = []
+        old = self._agreed.settle(lambda book: self._arrived(book, item, late=bool(late))) or []
+        late.append(True)
+        with self._guard:
+            item = self._same(item)
+            self._guard.notify()
+        self._room.remove(old)
+        return Held(item, self._store.folder(name), pin)
+
+    def _same(self, item: Item) -> Item:
+        """Return what is now known under a pinned item's name: the ledger may be a new one; the guard is held."""
+        now = self._index.items.get(item.name, item)
+        if now is not item:
+            self._index.pin(now)
+            self._index.unpin(item)
+        now.verified = item.verified
+        return now
+
+    def _arriving(self, book: Book, staging: Staging, name: str, record: Record) -> None:
+        """Count the folder instead of the staging, before it is there: so no crash leaves it uncounted."""
+        self._agreed.learn(book)
+        book.let_go([staging.id])
+        book.add([(name, record, record.fetched)], State.ARRIVING, self._store.owner)
+        self._agreed.learn(book)
+
+    def _returned(self, book: Book, staging: Staging, item: Item) -> None:
+        """Count the staging again: it could not be published."""
+        self._agreed.learn(book)
+        book.gone([item.name])
+        with self._guard:
+            self._index.forget(item)
+        self._agreed.hold(book, staging, staging.reserved)
+
+    def _arrived(self, book: Book, item: Item, *, late: bool) -> list[Item]:
+        """Serve what was published, and begin to remove earlier versions of it; ``late``: leave that to others."""
+        self._agreed.learn(book)
+        book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)  # it may be another ledger
+        self._agreed.learn(book)
+        with self._guard:
+            old = [at for at in self._index.of(item.model) if at.name != item.name]
+        if not late:
+            return self._agreed.doom(book, old)
+        book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)
+        return []

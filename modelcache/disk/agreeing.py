@@ -51,6 +51,7 @@ class Agreement:
         self._index = index
         self._guard = guard
         self._uses: dict[str, tuple[float, int]] = {}
+        self._misses: list[str] = []
         self._debts: list[Callable[[Book], object]] = []  # what could not be told yet
         self._rest = 0.0  # monotonic time until which uses are not told
         self._registered = ("", "", "")  # epoch, owner and settings under which the ledger knows this process
@@ -148,8 +149,9 @@ class Agreement:
         epoch = book.epoch
         rows, seq, whole = book.changes(self._index.since(epoch))
         if rows or whole or seq != self._index.since(epoch):
+            asked = book.asked(self._source, 0 if whole else self._index.since(epoch))
             with self._guard:
-                self._index.learn(epoch, rows, seq, self._store.owner, whole=whole)
+                self._index.learn(epoch, rows, asked, seq, self._store.owner, whole=whole)
         return epoch
 
     def learn(self, book: Book) -> None:
@@ -166,6 +168,10 @@ class Agreement:
             self._registered = (epoch, owner, settings)
         with self._guard:
             uses, self._uses = self._uses, {}
+            misses, self._misses = self._misses, []
+        if misses:
+            book.undo.append(lambda: self._misses.__setitem__(slice(0, 0), misses))
+            book.ask(self._source, misses)
         if uses:
             book.undo.append(lambda: self._untold(uses))
             book.touch(((name, used, times) for name, (used, times) in uses.items()), owner)
@@ -245,18 +251,22 @@ class Agreement:
         self.mark(book, due, State.LEAVING)
         return due
 
+    def missed(self, model: str) -> None:
+        """Book a memory miss, for the policies of all processes; the guard is held."""
+        self._misses.append(model)
+
     def touched(self, item: Item) -> None:
         """Book a use; others are told with the next thing that they are told, or with many."""
         with self._guard:
             _, times = self._uses.get(item.name, (0.0, 0))
             self._uses[item.name] = item.used, times + 1
-            many = len(self._uses) >= _BATCH and time.monotonic() >= self._rest
+            many = max(len(self._uses), len(self._misses)) >= _BATCH and time.monotonic() >= self._rest
         if many:
             self.tell()
 
     def tell(self) -> None:
         """Tell what others don't know yet, where that can be done soon."""
-        if not (self._uses or self._debts) or not self._store.writable:
+        if not (self._uses or self._misses or self._debts) or not self._store.writable:
             return
         try:
             self.change(self.learn, patience())
@@ -280,7 +290,7 @@ class Agreement:
 
     def reset_after_fork(self) -> None:
         """In a child: what the parent has yet to tell, and what is set aside for it, are not ours."""
-        self._uses, self._debts = {}, []
+        self._uses, self._misses, self._debts = {}, [], []
         self._unregister()
 
 

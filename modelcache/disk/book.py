@@ -16,15 +16,28 @@ from typing import Any
 import attrs
 
 from modelcache.disk.layout import Record
+from modelcache.policies.worth import HALVED_ABOVE, REMEMBERED
 
 VERSION = 1
 """Of the tables; a ledger with another one is made anew from the folders."""
 
+_ASK = """
+INSERT INTO requests VALUES (:source, :model, 1, :clock, :clock, :seq) ON CONFLICT(source, model) DO UPDATE SET
+    n = CASE WHEN n + 1 > :most THEN (n + 1) / 2 ELSE n + 1 END,
+    first = CASE WHEN n + 1 > :most THEN :clock - (:clock - first) / 2 ELSE first END,
+    last = :clock, seq = :seq
+"""
+_FORGET = """
+DELETE FROM requests WHERE source = :source AND seq <= (
+    SELECT seq FROM requests WHERE source = :source ORDER BY seq DESC LIMIT 1 OFFSET :kept
+)
+"""
+_SELDOM = 256  # changes between two looks at how many models are remembered
 _KEPT = 4096  # changes for which it is remembered what has gone
 
 SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-INSERT INTO meta VALUES ('epoch', '{epoch}'), ('seq', 1), ('horizon', 0);
+INSERT INTO meta VALUES ('epoch', '{epoch}'), ('seq', 1), ('horizon', 0), ('clock', 0);
 CREATE TABLE artifacts(
     name TEXT PRIMARY KEY,
     model TEXT, source TEXT, version TEXT, single TEXT, size INTEGER, fetched REAL, fetch_seconds REAL, bytes INTEGER,
@@ -36,6 +49,10 @@ CREATE INDEX moving ON artifacts(owner) WHERE owner IS NOT NULL;
 CREATE TABLE holds(
     id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, wanted INTEGER
 ) WITHOUT ROWID;
+CREATE TABLE requests(
+    source TEXT, model TEXT, n REAL, first REAL, last REAL, seq INTEGER, PRIMARY KEY (source, model)
+) WITHOUT ROWID;
+CREATE INDEX asked ON requests(source, seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
 PRAGMA user_version = {version};
 """
@@ -103,6 +120,23 @@ class Hold:
     reserved: int
     charged: int
     wanted: int
+
+
+@attrs.frozen
+class Asked:
+    """How often a model was asked for; see ``policies.Standing``.
+
+    Attributes:
+        model: its id.
+        n: requests, halved now and then together with the time since the first.
+        first: number of the request that counts as its first, among all to the folder.
+        last: number of the request that was its last.
+    """
+
+    model: str
+    n: float
+    first: float
+    last: float
 
 
 class Book:
@@ -194,6 +228,20 @@ class Book:
             "UPDATE artifacts SET used = max(used, ?), uses = uses + ?, by = ?, seq = ? WHERE name = ?",
             [(used, times, by, seq, name) for name, used, times in uses],
         )
+
+    def ask(self, source: str, models: Iterable[str]) -> None:
+        """Count memory misses, in their order; of models that nobody asks for any more only the latest are kept."""
+        seq, clock = self._tick(), int(self._meta("clock"))
+        for clock, model in enumerate(models, clock + 1):  # noqa: B020 - it goes on from there
+            self._sql(_ASK, {"source": source, "model": model, "clock": clock, "seq": seq, "most": HALVED_ABOVE})
+        self._sql("UPDATE meta SET value = ? WHERE key = 'clock'", (clock,))
+        if seq % _SELDOM == 0:
+            self._sql(_FORGET, {"source": source, "kept": REMEMBERED})
+
+    def asked(self, source: str, since: int) -> tuple[int, list[Asked]]:
+        """Return how many requests there were, and the models of a source that were asked for since a change."""
+        query = "SELECT model, n, first, last FROM requests WHERE source = ? AND seq > ? ORDER BY last"
+        return int(self._meta("clock")), [Asked(*at) for at in self._sql(query, (source, since))]
 
     def holds(self) -> list[Hold]:
         """Return all that is set aside, by any process."""

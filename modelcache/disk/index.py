@@ -8,10 +8,10 @@ import time
 from collections.abc import Collection, Iterable
 from pathlib import Path  # noqa: TC003 - as elsewhere
 
-from modelcache.disk.book import Row, State
+from modelcache.disk.book import Asked, Row, State
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
 from modelcache.events import Reason
-from modelcache.policies import Allowed, Policy, Resident, recall_order
+from modelcache.policies import Allowed, Policy, Resident, Standing, Worth, recall_order
 
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
 
@@ -58,8 +58,13 @@ class Index:
         self._clock += 1
         self._policy.requested(model, self._clock)
 
-    def learn(self, epoch: str, rows: Iterable[Row], seq: int, me: str, *, whole: bool) -> None:
-        """Take in what has changed; ``whole``: what is not among the rows is gone."""
+    def learn(
+        self, epoch: str, rows: Iterable[Row], asked: tuple[int, list[Asked]], seq: int, me: str, *, whole: bool
+    ) -> None:
+        """Take in what has changed; ``whole``: what is not among the rows is gone.
+
+        ``asked``: how many requests there were by any process, and the models that were asked for.
+        """
         rows = list(rows)
         if whole:
             listed = {row.name for row in rows}
@@ -69,9 +74,19 @@ class Index:
         now = time.time()
         fresh = [item for row in rows if (item := self._learn(row, me, now)) is not None]
         ours = [item for item in fresh if self.models.get(item.model) is item]
-        recall_order(self._policy, [item.model for item in sorted(ours, key=lambda item: item.used)])
+        known = {each.model for each in asked[1]} if isinstance(self._policy, Worth) else set()
+        unknown = [item for item in ours if item.model not in known]
+        recall_order(self._policy, [item.model for item in sorted(unknown, key=lambda item: item.used)])
+        self._recall(*asked)
         if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
             self._epoch, self._seq = epoch, seq
+
+    def _recall(self, clock: int, asked: Iterable[Asked]) -> None:
+        self._clock = max(self._clock, clock)
+        if isinstance(self._policy, Worth):  # the others know nothing of models that are not here
+            for each in asked:
+                standing = Standing.at(clock, each.n, each.first, each.last)
+                self._policy.recall(each.model, standing, clock)
 
     def doubt(self) -> None:
         """Have all be learned anew: something was learned that did not come about."""
@@ -90,7 +105,7 @@ class Index:
             self._bytes += row.record.bytes
             self._place(item)
             return item
-        if row.by != me and item is self.models.get(item.model):
+        if row.by != me and item is self.models.get(item.model) and not isinstance(self._policy, Worth):
             for _ in range(min(row.uses - item.uses, _TOLD)):
                 self.requested(item.model)
         item.used, item.uses = max(item.used, min(row.used, now)), row.uses

@@ -85,6 +85,7 @@ class Shelf:
         if missed:
             with self._guard:
                 self.index.requested(model)
+                self._agreed.missed(model)
         while True:
             self._agreed.look()
             with self._guard:

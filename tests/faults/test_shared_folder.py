@@ -419,3 +419,22 @@ def test_always_verified(tmp_path: Path) -> None:
             file.write_bytes(file.read_bytes() + b"\0")
             cache.get("a")
             assert len(source.opens) == 1 + found
+
+
+def test_requests_of_all_processes_add_up(tmp_path: Path) -> None:
+    """What ``worth`` knows of a model is what all caches on the folder were asked for, over restarts and evictions."""
+    sources = [DictSource().add("a", "b") for _ in range(2)]
+    with small_cache(tmp_path, sources[0]) as one, small_cache(tmp_path, sources[1]) as two:
+        for cache in (one, two, one):
+            cache.get("a")
+            cache.unload("a")
+        one.get("b")
+        one.unload("b")
+        one.delete("b")
+    with small_cache(tmp_path, sources[0]) as cache:
+        policy = cache.disk.policy
+        assert isinstance(policy, Worth)
+        assert policy.standing("a") == Standing(3, 3, 1)
+        assert policy.standing("b") == Standing(1, 0, 0)
+        cache.get("a")
+        assert policy.standing("a") == Standing(4, 4, 0)

@@ -18,6 +18,7 @@ from modelcache.disk import pins
 from modelcache.disk.book import Book, State
 from modelcache.disk.store import Store
 from modelcache.disk.sweeping import sweep
+from modelcache.policies import Standing, Worth
 from tests.support.children import finish, run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import Call, Gate, allocated, small_cache

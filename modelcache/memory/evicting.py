@@ -20,6 +20,7 @@ from modelcache.telling import Teller
 T = TypeVar("T")
 
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
+_VAIN = 16  # no more than this share of ``high`` is asked for since less was promised in vain
 _GRAIN = 64  # less than this share of ``high`` tells nothing: small models leave holes in a heap that stays
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
@@ -51,6 +52,10 @@ class Evictor(Generic[T]):
     def stopped(self) -> bool:
         """Whether evictions for the watermark rest, as they did not help; the guard is held."""
         return self.futility.stopped(time.monotonic())
+
+    def vain(self, limits: Limits) -> int:
+        """Return the bytes that the next batch is to promise, as fewer brought back nothing; the guard is held."""
+        return min(self.futility.vain, limits.high // _VAIN)
 
     def announce(self, victims: list[Entry[T]], shortage: Shortage, for_model: str | None) -> None:
         """Give victims that were just chosen the event that tells of them; what was to leave anyway has none."""

@@ -144,36 +144,12 @@ class Desk(Protocol[T]):
         ...
 
 
-class _Finder:
-    """Releases what was acquired, forgotten and collected, and says so; it goes with its lease.
-
-    A block of ``with`` needs none: it is left in any case, and a finalizer is a seventh of a warm hit.
-    """
-
-    __slots__ = ("_key", "_model", "entry")
-
-    def __init__(self, model: str, key: int) -> None:
-        self._model = model
-        self._key = key
-        self.entry: Entry[Any] | tuple[()] | None = None
-
-    def __del__(self) -> None:
-        entry = self.entry
-        if entry and entry.holds.pop(self._key, None) is not None:
-            entry.desk.orphaned(entry)
-            warnings.warn(
-                f"a lease on {self._model!a} was collected unreleased: use it in a 'with' statement",
-                ResourceWarning,
-                stacklevel=2,
-            )
-
-
 class Lease(Generic[T]):
     """A hold on one model: while it is held the model is neither evicted nor unloaded.
 
     Made by ``ModelCache.lease``; acquired by ``with`` (which gives the model) or by ``acquire()``. One-shot: a
-    lease that was released is not acquired again. One that was acquired by ``acquire`` and is collected while held is
-    released, with a ResourceWarning.
+    lease that was released is not acquired again. One that is collected while held is released, with a
+    ResourceWarning.
 
     Concurrency: ``release`` may be called from any thread, any number of times. ``acquire`` waits for fetch
     and load where the model is not in memory, and must be called once, by one thread. After a fork, the
@@ -183,19 +159,18 @@ class Lease(Generic[T]):
         model: id of the model.
     """
 
-    __slots__ = ("_desk", "_entry", "_finder", "_key", "_timeout", "model")
+    __slots__ = ("_desk", "_entry", "_key", "_timeout", "model")
 
     model: str
     _desk: Desk[T] | None  # None once it was acquired: a lease is one-shot
     _timeout: float | None
     _entry: Entry[T] | tuple[()] | None  # what was in memory when it was made, or is held; (): released
     _key: int  # under which the entry knows this hold: id() of the lease; set once it is acquired
-    _finder: _Finder  # set by acquire only
 
-    # No __init__: ModelCache.lease fills the slots, which is a fifth of a warm hit faster. No __del__, for a seventh.
+    # No __init__: ModelCache.lease fills the slots, which is a fifth of a warm hit faster.
 
-    def __enter__(self) -> T:
-        """Return the model, held until the end of the block.
+    def acquire(self) -> T:
+        """Return the model, held until ``release``.
 
         Raises:
             ModelCacheError: any of the library's errors; also where this lease was acquired before.
@@ -226,16 +201,7 @@ class Lease(Generic[T]):
             desk.released(entry)
         return desk.lookup(self)
 
-    def acquire(self) -> T:
-        """Return the model, held until ``release``.
-
-        Raises:
-            ModelCacheError: any of the library's errors; also where this lease was acquired before.
-        """
-        self._finder = finder = _Finder(self.model, id(self))
-        value = self.__enter__()
-        finder.entry = self._entry
-        return value
+    __enter__ = acquire
 
     def release(
         self,
@@ -278,6 +244,21 @@ class Lease(Generic[T]):
     def timeout(self) -> float | None:
         """Seconds that ``acquire`` waits at most; None: for ever."""
         return self._timeout
+
+    def __del__(self) -> None:
+        """Release what was forgotten, or what an interrupt kept from being released, and say so."""
+        try:
+            entry = self._entry
+        except AttributeError:  # an interrupt came before it was filled
+            return
+        if entry and entry.holds.pop(id(self), None) is not None:
+            entry.desk.orphaned(entry)
+            warnings.warn(
+                f"a lease on {self.model!a} was collected unreleased: use it in a 'with' statement",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         """Say which model, and whether it is held."""

@@ -45,10 +45,11 @@ def test_f018_memory_that_grows_while_models_leave(tmp_path: Path) -> None:
             stayed = in_memory()
             growing.clear()
             grower.result()
+            assert stayed >= 8, stayed
             assert left[0] - stayed <= 4, (left, stayed)  # evicting rests for 0.4 s, tries once more, then for 0.8 s
             assert longest < 0.5, longest
             (event,) = told
-            assert event.freed * 10 < event.promised <= 100 * MIB, event
+            assert event.freed < 0 < event.promised <= 100 * MIB, event
             grown.clear()
             eventually(lambda: rss() < high - 60 * MIB)
             here = {row.model for row in cache.models() if row.tier == "memory"}

@@ -34,7 +34,6 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Event)
 
 _log = logging.getLogger("modelcache")
-_new_lease = object.__new__
 
 
 class ModelCache(Generic[T]):
@@ -146,7 +145,7 @@ class ModelCache(Generic[T]):
             id: the model's.
             timeout: seconds that acquiring waits, in place of the cache's own; None: for ever.
         """
-        lease: Lease[T] = _new_lease(Lease)
+        lease: Lease[T] = Lease()
         try:
             lease._entry = self._resident[id]  # noqa: SLF001 - filled here, see Lease
         except (KeyError, TypeError):

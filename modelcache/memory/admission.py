@@ -126,7 +126,7 @@ class Admission(Generic[T]):
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
         residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
-        since, tidy = time.monotonic(), 0.0
+        since, tidy, choose, vain = time.monotonic(), 0.0, self._choosing.choose, self._evictor.vain
         while True:
             last = False  # whether it is refused next
             churn = residents.churn
@@ -153,7 +153,7 @@ class Admission(Generic[T]):
                 residents.update_short()
                 stopped = shortage.over_high > 0 and self._evictor.stopped()
                 able = looked and turn and clear and not stopped
-                victims = self._choosing.choose(shortage, most, whole=True) if able else []
+                victims = choose(shortage, most, whole=True, least=vain(limits)) if able else []
                 self._evictor.announce(victims, shortage, applicant.model)
                 if looked and not victims:
                     if not bare and turn and self._may_go_bare(applicant, since):

@@ -6,6 +6,8 @@ Every method runs under the guard and does nothing but decide. Who is in memory 
 from collections.abc import Collection, Iterator
 from typing import Any, Generic, TypeVar
 
+import attrs
+
 from modelcache.events import Reason
 from modelcache.memory.entries import Entry
 from modelcache.memory.residents import Residents
@@ -96,6 +98,7 @@ class Choosing(Generic[T]):
         *,
         whole: bool = False,
         stepwise: bool = False,
+        least: int = 0,
     ) -> list[Entry[T]]:
         """Retire just enough models for ``shortage``; what was loaded before a fork goes last.
 
@@ -106,7 +109,12 @@ class Choosing(Generic[T]):
             among: only these models.
             whole: none at all where it is known that what may go does not suffice.
             stepwise: ``most`` holds for all models: what grew may not be theirs, so that their leaving may not help.
+            least: bytes to ask for, where something lacks for the watermark and that many may go.
         """
+        if least > shortage.over_high > 0:
+            more = attrs.evolve(shortage, over_high=least)
+            if chosen := self.choose(more, most, among, whole=whole, stepwise=stepwise):
+                return chosen
         picked: list[Entry[T]] = []
         guessed, lacking = 0, shortage
         for entry in self._ranked(max(shortage.over_high, shortage.over_budget, 0), among):

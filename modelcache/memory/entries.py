@@ -159,12 +159,13 @@ class Lease(Generic[T]):
         model: id of the model.
     """
 
-    __slots__ = ("_desk", "_entry", "_timeout", "model")
+    __slots__ = ("_desk", "_entry", "_key", "_timeout", "model")
 
     model: str
     _desk: Desk[T] | None  # None once it was acquired: a lease is one-shot
     _timeout: float | None
     _entry: Entry[T] | tuple[()] | None  # what was in memory when it was made, or is held; (): released
+    _key: int  # under which the entry knows this hold: id() of the lease; set once it is acquired
 
     # No __init__: ModelCache.lease fills the slots, which is a fifth of a warm hit faster.
 
@@ -183,21 +184,22 @@ class Lease(Generic[T]):
         if not entry:
             return desk.lookup(self)
         try:
-            entry.holds[id(self)] = here.token
-        except AttributeError:  # the first lease of this thread
-            entry.holds[id(self)] = me()
-        if entry.retired:
-            entry.holds.pop(id(self), None)
-            if entry.doomed is not None:  # whoever retired it may have been put off by this hold
-                desk.released(entry)
-            return desk.lookup(self)
-        self._desk = None
-        try:
-            desk.note(entry)
-        except BaseException:  # an interrupt from a callback that hears of hits: nobody gets this lease
+            self._key = key = id(self)
+            try:
+                entry.holds[key] = here.token
+            except AttributeError:  # the first lease of this thread
+                entry.holds[key] = me()
+            if not entry.retired:
+                self._desk = None
+                desk.note(entry)
+                return entry.value
+            entry.holds.pop(key, None)
+        except BaseException:  # an interrupt, perhaps from a callback that hears of hits: nobody gets this lease
             self.release()
             raise
-        return entry.value
+        if entry.doomed is not None:  # whoever retired it may have been put off by this hold
+            desk.released(entry)
+        return desk.lookup(self)
 
     __enter__ = acquire
 
@@ -214,12 +216,12 @@ class Lease(Generic[T]):
         """
         entry = self._entry
         try:
-            del entry.holds[id(self)]  # type: ignore[union-attr]  # whoever deletes it has released it
+            del entry.holds[self._key]  # type: ignore[union-attr]  # whoever deletes it has released it
         except (AttributeError, KeyError):
             return
         self._entry = ()
         if entry.seen:  # type: ignore[union-attr]
-            entry.seen.pop(id(self), None)  # type: ignore[union-attr]
+            entry.seen.pop(self._key, None)  # type: ignore[union-attr]
         if entry.desk.short:  # type: ignore[union-attr]
             entry.desk.released(entry)  # type: ignore[union-attr,arg-type]
 
@@ -227,7 +229,8 @@ class Lease(Generic[T]):
 
     def hold(self, entry: Entry[T], thread: object) -> None:
         """Take hold of an entry on behalf of the thread that waits for it; the guard is held."""
-        entry.holds[id(self)] = thread
+        self._key = id(self)
+        entry.holds[self._key] = thread
         self._entry = entry
         self._desk = None
 
@@ -243,7 +246,7 @@ class Lease(Generic[T]):
         return self._timeout
 
     def __del__(self) -> None:
-        """Release what was forgotten, and say so."""
+        """Release what was forgotten, or what an interrupt kept from being released, and say so."""
         try:
             entry = self._entry
         except AttributeError:  # an interrupt came before it was filled

@@ -20,6 +20,7 @@ from modelcache.telling import Teller
 T = TypeVar("T")
 
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
+_VAIN = 16  # no more than this share of ``high`` is asked for since less was promised in vain
 _GRAIN = 64  # less than this share of ``high`` tells nothing: small models leave holes in a heap that stays
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
@@ -51,6 +52,10 @@ class Evictor(Generic[T]):
     def stopped(self) -> bool:
         """Whether evictions for the watermark rest, as they did not help; the guard is held."""
         return self.futility.stopped(time.monotonic())
+
+    def vain(self, limits: Limits) -> int:
+        """Return the bytes that the next batch is to promise, as fewer brought back nothing; the guard is held."""
+        return min(self.futility.vain, limits.high // _VAIN)
 
     def announce(self, victims: list[Entry[T]], shortage: Shortage, for_model: str | None) -> None:
         """Give victims that were just chosen the event that tells of them; what was to leave anyway has none."""
@@ -118,11 +123,12 @@ class Evictor(Generic[T]):
     def _grain(self, limits: Limits, batch: list[Entry[T]]) -> int:
         """Return the bytes that must leave to tell whether that helps; the guard is held.
 
-        It is what a model of the usual size takes, the middle one: small ones lie among others on the heap, which
-        stays, and a single large one in the mean would let all small ones go before anything is told.
+        It is what a model of the usual size takes, the middle one, or a little less, as models of one size differ by
+        some pages: small ones lie among others on the heap, which stays, and a single large one in the mean would let
+        all small ones go before anything is told.
         """
         sizes = sorted(entry.bytes for entry in [*batch, *self._residents.entries()])
-        return max(limits.high // _GRAIN, sizes[len(sizes) // 2])
+        return max(limits.high // _GRAIN, sizes[len(sizes) // 2] * 7 // 8)
 
     def _search(self, missing: int, used: int, *, last: bool) -> tuple[bool, Limits]:
         """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then."""

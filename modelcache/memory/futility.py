@@ -37,6 +37,14 @@ class Futility:
         """Whether one more round that does not help begins an episode."""
         return self._row == _ROW - 1
 
+    @property
+    def vain(self) -> int:
+        """Bytes that the rounds before an episode promised in vain: the next one promises as many, to find what helps.
+
+        Small models of plain objects leave holes in the heap; a larger one among them may give its memory back.
+        """
+        return 0 if self.episode else self.promised
+
     def missing(self, promised: int, freed: int, explained: int, grain: int) -> int:
         """Return the bytes that are worth a look, as they have not come back in a round that is over with this batch.
 

@@ -250,6 +250,27 @@ def test_lowering_a_limit_in_vain_empties_nothing(make_cache: MakeCache) -> None
     assert len(told) == 1
 
 
+def test_large_model_among_small_ones_is_found(make_cache: MakeCache) -> None:
+    """Where small models give nothing back, the next batch promises more, so that a large one that does is tried."""
+    sizes = {"s1": 20, "s2": 20, "s3": 20, "large": 300, "s4": 20, "s5": 20, "s6": 20, "new": 20}
+    book = Book()
+    gauge = FakeGauge(lambda: 20 * 4 + 300 * ("large" in book.alive) + 600, limit=10_000)
+    cache = make_cache(
+        DictSource().add(*sizes),
+        book,
+        size_of=lambda model, path: sizes[model],
+        memory={"gauge": gauge, "high": 2_000, "low": 900, "interval": 1000.0, "policy": "lru"},
+    )
+    told: list[Any] = []
+    cache.on(Pressure, told.append)
+    for model in list(sizes)[:-1]:
+        cache.get(model)
+    cache.memory.high = 985  # just above what is in use
+    assert cache.get("new", timeout=5.0).model == "new"
+    assert "large" not in {info.model for info in cache.models() if info.tier == "memory"}
+    assert not told
+
+
 def test_one_large_model_hides_nothing(make_cache: MakeCache) -> None:
     """Beside one large leased model, small ones whose leaving does not help stay all the same once that is known."""
     sizes = {"large": 700_000} | {f"small{number}": 7_000 for number in range(20)}

@@ -175,7 +175,7 @@ def test_f013_nothing_comes_back(tmp_path: Path) -> None:
             (event,) = told
             assert event.promised > 50 * MIB and event.freed < MIB, event
             stayed = [row.model for row in cache.models() if row.tier == "memory"]
-            assert len(stayed) >= 4, stayed  # of 10: a round of evictions is one or two models
+            assert len(stayed) >= 6, stayed  # of 10: three rounds of one model, and one more after a rest
             assert all(cache.get(name, timeout=0.1) for name in stayed)
         """,
         tmp_path,

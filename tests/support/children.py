@@ -16,6 +16,7 @@ import faulthandler, gc, os, signal, sys, threading, time
 from pathlib import Path
 faulthandler.register(signal.SIGALRM, chain=True)  # dump_traceback_later hangs after a fork
 signal.alarm(int(os.environ["WATCHDOG"]))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell's background job has it ignored
 from modelcache import *
 from tests.support.fakes import DictSource, FakeGauge
 from tests.support.racing import *

@@ -30,7 +30,7 @@ def models(parts: Machinery[Any]) -> list[ModelInfo]:
         residents = parts.residents
         leases = Counter[str]()  # those on a version that was replaced count as the model's
         for entry in [*residents.leaving, *residents.doomed.values(), *residents.resident.values()]:
-            leases[entry.model] += len(entry.holds)
+            leases[entry.model] += len(entry.held())
             rows[entry.model] = ModelInfo(
                 model=entry.model,
                 tier="memory",
@@ -77,7 +77,7 @@ def stats(parts: Machinery[Any]) -> Stats:
             evictions=parts.unloader.evictions,
             disk_evictions=parts.disk_room.evictions,
             models=len(entries),
-            leases=sum(len(entry.holds) for entry in entries),
+            leases=sum(len(entry.held()) for entry in entries),
             waiters=sum(len(flight.waiters) for flight in parts.flights.active.values()),
             memory_used=limits.reading.used if limits.reading else None,
             memory_limit=limits.reading.limit if limits.reading else None,

@@ -111,9 +111,9 @@ def _holders(entry: Entry[Any], subject: str) -> Iterator[str]:
     ages = entry.ages()
     if ages:
         oldest: dict[str, float] = {}
-        for hold, since in list(entry.seen.values()):
-            name = str(getattr(hold, "name", "?"))
-            oldest[name] = max(oldest.get(name, 0.0), time.monotonic() - since)
+        for hold, age in ages.items():
+            name = str(getattr(hold.thread, "name", "?"))
+            oldest[name] = max(oldest.get(name, 0.0), age)
         ranked = sorted(oldest.items(), key=lambda holder: -holder[1])
         names = ", ".join(f"{name!a} ({_span(age)})" for name, age in ranked[:_MOST])
         more = f" and {len(ranked) - _MOST} more" if len(ranked) > _MOST else ""

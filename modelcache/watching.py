@@ -38,7 +38,7 @@ class Pulse:
         passed, self._at = now - self._at, now
         total = residents.hits + residents.misses
         requests, self._requests = total - self._requests, total
-        held = sum(len(entry.holds) for entry in residents.entries())
+        held = sum(len(entry.held()) for entry in residents.entries())
         self._looks += held > 0
         return held * passed if self._looks >= _ENOUGH else requests * request_seconds
 

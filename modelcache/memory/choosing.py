@@ -134,7 +134,7 @@ class Choosing(Generic[T]):
 
     def suffices(self, shortage: Shortage) -> bool:
         """Whether all that may go now would be enough; for the watermark it may be where a footprint was guessed."""
-        idle = [entry for entry in self._residents.entries() if not entry.holds]
+        idle = [entry for entry in self._residents.entries() if not entry.held()]
         for entry in idle:
             shortage = shortage.after(entry)
         guessed = any(not _certain(entry) for entry in idle)
@@ -142,11 +142,11 @@ class Choosing(Generic[T]):
 
     def _ranked(self, need: int, among: Collection[str] | None) -> Iterator[Entry[T]]:
         residents = self._residents
-        yield from [entry for entry in residents.doomed.values() if not entry.holds and among is None]  # go anyway
+        yield from [entry for entry in residents.doomed.values() if not entry.held() and among is None]  # go anyway
         idle = {
             model: entry
             for model, entry in residents.resident.items()
-            if not entry.holds and (among is None or model in among)
+            if not entry.held() and (among is None or model in among)
         }
         own = {model for model, entry in idle.items() if not entry.inherited}
         for models in (own, idle.keys() - own):

@@ -1,12 +1,15 @@
-"""``Entry`` and ``Lease``: a model in memory, and a hold on it. This is the warm path.
+"""``Entry``, ``Hold`` and ``Lease``: a model in memory, and a claim on it. This is the warm path.
 
-A warm ``acquire`` and its ``release`` take no lock: a hold is put into the entry's own dict *before* the
-entry's ``retired`` flag is looked at; whoever retires an entry sets the flag *before* it looks at the holds.
-So at least one of the two sees the other. Everything else about residents is ``memory.residents``.
+A warm ``acquire`` and its ``release`` take no lock: a hold is taken *before* the entry's ``retired`` flag is looked
+at; whoever retires an entry sets the flag *before* it looks at the holds. So at least one of the two sees the other.
+Holds are used again: a lease takes one from its entry's ``spare`` and puts it back, so that a lease which was released
+in time has no finalizer to run, which would cost as much as all the rest. Everything else about residents is
+``memory.residents``.
 """
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
@@ -28,8 +31,8 @@ class Entry(Generic[T]):
         desk: whose it is.
         model: its id.
         value: what ``load`` returned; deleted once it is unloaded.
-        holds: ``id(lease)`` to the identity of the thread that took it; written without a lock.
-        seen: of these, who was seen at the last look at ages, and since when.
+        spare: holds that no lease has; taken and put back without a lock.
+        holds: all that there are, by their ``id``: as many as were ever held at a time.
         retired: set, under the guard, by whoever takes it out of memory; undone where a hold came first.
         bytes: its footprint, as far as known.
         latent: of these, mapped pages that were not used when it was loaded: dropping them may free nothing.
@@ -66,7 +69,7 @@ class Entry(Generic[T]):
         "reason",
         "retired",
         "retirer",
-        "seen",
+        "spare",
         "sure",
         "tick",
         "used",
@@ -81,8 +84,8 @@ class Entry(Generic[T]):
         self.desk = desk
         self.model = model
         self.value = value
-        self.holds: dict[int, object] = {}
-        self.seen: dict[int, tuple[object, float]] = {}
+        self.spare: list[Hold[T]] = []
+        self.holds: dict[int, weakref.ref[Hold[T]]] = {}
         self.retired = False
         self.bytes = size
         self.sure = sure
@@ -102,20 +105,61 @@ class Entry(Generic[T]):
         self.outdated = False
         self.warned = False
 
-    def ages(self) -> list[float]:
+    def held(self) -> "list[Hold[T]]":
+        """Return the holds that leases have now."""
+        if len(self.holds) == len(self.spare):  # most entries, most of the time
+            return []
+        holds = [ref() for ref in list(self.holds.values())]
+        return [hold for hold in holds if hold is not None and hold.thread is not None]
+
+    def ages(self) -> dict["Hold[T]", float]:
         """Return how long each hold has been seen, in seconds; the guard is held.
 
-        The warm path does not look at a clock, so a hold's age counts from the first look at it; the monitor
-        looks every interval. A release takes its hold out of what was seen, so that a later lease at the same
-        address starts anew.
+        The warm path does not look at a clock, so a hold's age counts from the first look at it; the monitor looks
+        every interval.
         """
         now = time.monotonic()
-        seen = {}
-        for lease, hold in list(self.holds.items()):
-            known = self.seen.get(lease)
-            seen[lease] = known if known is not None and known[0] is hold else (hold, now)
-        self.seen = seen
-        return [now - since for _, since in seen.values()]
+        ages = {}
+        for hold in self.held():
+            hold.since = since = now if hold.since is None else hold.since
+            ages[hold] = now - since
+        return ages
+
+
+class Hold(Generic[T]):
+    """A lease's claim on an entry; used by one lease after the other, by one at a time.
+
+    It belongs to its lease alone (the entry knows it weakly), so that what is dropped without being released, a
+    forgotten lease or one that an interrupt took out of ``__exit__``, ends here.
+
+    Attributes:
+        entry: which is held; None while it is spare.
+        thread: identity of the thread that took it; None while it is spare.
+        since: when it was first seen held, in monotonic seconds; None: not yet.
+    """
+
+    __slots__ = ("__weakref__", "entry", "since", "thread")
+
+    def __init__(self, entry: Entry[T]) -> None:
+        self.entry: Entry[T] | None = None
+        self.thread: object = None
+        self.since: float | None = None
+        entry.holds[id(self)] = weakref.ref(self)
+
+    def __del__(self) -> None:
+        """Release what was forgotten, or what an interrupt kept from being released, and say so."""
+        entry = getattr(self, "entry", None)  # an interrupt may have come before it was filled
+        if entry is None:
+            return
+        entry.holds.pop(id(self), None)
+        if self.thread is not None:
+            self.thread = None
+            entry.desk.orphaned(entry)
+            warnings.warn(
+                f"a lease on {entry.model!a} was collected unreleased: use it in a 'with' statement",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
 
 class Desk(Protocol[T]):
@@ -159,13 +203,13 @@ class Lease(Generic[T]):
         model: id of the model.
     """
 
-    __slots__ = ("_desk", "_entry", "_key", "_timeout", "model")
+    __slots__ = ("_desk", "_entry", "_hold", "_timeout", "model")
 
     model: str
     _desk: Desk[T] | None  # None once it was acquired: a lease is one-shot
     _timeout: float | None
-    _entry: Entry[T] | tuple[()] | None  # what was in memory when it was made, or is held; (): released
-    _key: int  # under which the entry knows this hold: id() of the lease; set once it is acquired
+    _entry: Entry[T] | None  # what was in memory when it was made; None once it was acquired
+    _hold: Hold[T]  # its own from acquire to release, unset before and after
 
     # No __init__: ModelCache.lease fills the slots, which is a fifth of a warm hit faster.
 
@@ -181,24 +225,29 @@ class Lease(Generic[T]):
                 f"this lease on {self.model!a} was used already: a lease is one-shot, ask for a new one",
                 model=self.model,
             )
-        if not entry:
+        if entry is None:
             return desk.lookup(self)
         try:
-            self._key = key = id(self)
             try:
-                entry.holds[key] = here.token
+                hold = entry.spare.pop()
+            except IndexError:  # more at a time than ever before
+                hold = Hold(entry)
+            hold.since = None
+            hold.entry = entry
+            self._hold = hold
+            try:
+                hold.thread = here.token
             except AttributeError:  # the first lease of this thread
-                entry.holds[key] = me()
+                hold.thread = me()
+            self._entry = None
             if not entry.retired:
                 self._desk = None
                 desk.note(entry)
                 return entry.value
-            entry.holds.pop(key, None)
         except BaseException:  # an interrupt, perhaps from a callback that hears of hits: nobody gets this lease
             self.release()
             raise
-        if entry.doomed is not None:  # whoever retired it may have been put off by this hold
-            desk.released(entry)
+        self.release()  # which looks again, as whoever retired it may have been put off by this hold
         return desk.lookup(self)
 
     __enter__ = acquire
@@ -214,14 +263,14 @@ class Lease(Generic[T]):
 
         The arguments are those of ``__exit__``, and are ignored.
         """
-        entry = self._entry
         try:
-            del entry.holds[self._key]  # type: ignore[union-attr]  # whoever deletes it has released it
-        except (AttributeError, KeyError):
+            hold = self._hold
+            del self._hold  # whoever deletes it has released it
+        except AttributeError:
             return
-        self._entry = ()
-        if entry.seen:  # type: ignore[union-attr]
-            entry.seen.pop(self._key, None)  # type: ignore[union-attr]
+        entry = hold.entry
+        hold.thread = hold.entry = None
+        entry.spare.append(hold)  # type: ignore[union-attr]
         if entry.desk.short:  # type: ignore[union-attr]
             entry.desk.released(entry)  # type: ignore[union-attr,arg-type]
 
@@ -229,36 +278,26 @@ class Lease(Generic[T]):
 
     def hold(self, entry: Entry[T], thread: object) -> None:
         """Take hold of an entry on behalf of the thread that waits for it; the guard is held."""
-        self._key = id(self)
-        entry.holds[self._key] = thread
-        self._entry = entry
-        self._desk = None
+        try:
+            hold = entry.spare.pop()
+        except IndexError:
+            hold = Hold(entry)
+        hold.since = None
+        hold.entry = entry
+        self._hold = hold
+        hold.thread = thread
+        self._entry = self._desk = None
 
     @property
     def held(self) -> Entry[T] | None:
         """What is held; None before and after."""
-        entry = self._entry
-        return entry if entry and id(self) in entry.holds else None
+        hold = getattr(self, "_hold", None)
+        return hold.entry if hold is not None and hold.thread is not None else None
 
     @property
     def timeout(self) -> float | None:
         """Seconds that ``acquire`` waits at most; None: for ever."""
         return self._timeout
-
-    def __del__(self) -> None:
-        """Release what was forgotten, or what an interrupt kept from being released, and say so."""
-        try:
-            entry = self._entry
-        except AttributeError:  # an interrupt came before it was filled
-            return
-        if entry and entry.holds.pop(id(self), None) is not None:
-            entry.desk.orphaned(entry)
-            warnings.warn(
-                f"a lease on {self.model!a} was collected unreleased: use it in a 'with' statement",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
 
     def __repr__(self) -> str:
         """Say which model, and whether it is held."""

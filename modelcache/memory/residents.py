@@ -211,7 +211,7 @@ class Residents(Generic[T]):
         if entry.retired:
             return False
         entry.retired = True
-        if entry.holds:
+        if entry.held():
             entry.retired = False
             return False
         entry.reason = entry.doomed or reason
@@ -233,7 +233,7 @@ class Residents(Generic[T]):
 
     def idle(self) -> bool:
         """Whether something in memory is not held, so that it can leave."""
-        return any(not entry.holds for entry in self.entries())
+        return any(not entry.held() for entry in self.entries())
 
     def holders(self, among: Collection[str] | None = None) -> tuple[tuple[str, int, float], ...]:
         """Return ``(model, leases, age of the oldest in seconds)`` of each leased model, oldest lease first."""
@@ -242,12 +242,12 @@ class Residents(Generic[T]):
             if among is None or entry.model in among:
                 ages = entry.ages()
                 if ages:
-                    found.append((entry.model, len(ages), max(ages)))
+                    found.append((entry.model, len(ages), max(ages.values())))
         return tuple(sorted(found, key=lambda holder: -holder[2]))
 
     def holding_threads(self) -> set[object]:
         """Return the identities of the threads that took the leases held now."""
-        return {thread for entry in self.entries() for thread in list(entry.holds.values())}
+        return {hold.thread for entry in self.entries() for hold in entry.held()}
 
     def update_short(self) -> None:
         """Keep ``short`` current: whether a release has to look at the limits."""
@@ -266,7 +266,9 @@ class Residents(Generic[T]):
         self.drain()
         for entry in entries:
             entry.inherited = True
-            entry.holds = {lease: hold for lease, hold in list(entry.holds.items()) if hold is thread}
+            for hold in entry.held():
+                if hold.thread is not thread:
+                    hold.thread = None  # its lease is lost: no thread of this process has it
         self.resident.clear()  # the same dict: the warm path keeps it
         self.orphans = deque()
         self.leaving = set()

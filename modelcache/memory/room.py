@@ -127,7 +127,7 @@ class Room(Generic[T]):
             if oldest is None:
                 return told
             for entry in self._residents.entries():
-                age = max(entry.ages(), default=0.0)
+                age = max(entry.ages().values(), default=0.0)
                 if age >= oldest and not entry.warned:
                     entry.warned = True
                     told.append(
@@ -154,9 +154,9 @@ class Room(Generic[T]):
             self._residents.drain()
             now = time.monotonic()
             for entry in self._residents.resident.values():
-                entry.tick = now if entry.holds else entry.tick  # a lease is use to its end
+                entry.tick = now if entry.held() else entry.tick  # a lease is use to its end
             due = now - after
-            idle = [entry for entry in self._residents.resident.values() if entry.tick <= due and not entry.holds]
+            idle = [entry for entry in self._residents.resident.values() if entry.tick <= due and not entry.held()]
             shortage = Shortage(False, 0, 0, len(idle), Reason.IDLE, {})  # noqa: FBT003 - its first field
             victims = [entry for entry in idle if self._residents.retire(entry, Reason.IDLE)]
             self._evictor.announce(victims, shortage, None)

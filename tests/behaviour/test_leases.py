@@ -128,6 +128,28 @@ def test_release_from_many_threads_at_once(make_cache: MakeCache, book: Book, sp
     assert book.unloads == ["a"] * 20
 
 
+def test_leases_after_a_release_from_many_threads(make_cache: MakeCache, spawn: Spawn) -> None:
+    """What many threads released at once is held by one later lease, not by two: each counts, and each is let go."""
+    cache = make_cache()
+    start = threading.Barrier(4, timeout=WAIT)
+    for _ in range(20):
+        lease = cache.lease("a")
+        lease.acquire()
+
+        def release(lease: Any = lease) -> None:
+            start.wait()
+            lease.release()
+
+        for future in [spawn(release) for _ in range(4)]:
+            future.result(WAIT)
+        first, second = hold(cache, "a"), hold(cache, "a")
+        assert row(cache, "a").leases == 2
+        first.pop().release()
+        assert row(cache, "a").leases == 1
+        second.pop().release()
+        assert row(cache, "a").leases == 0
+
+
 def test_failed_acquire_holds_nothing(make_cache: MakeCache, book: Book) -> None:
     """A lease whose acquire timed out holds nothing once the load lands."""
     cache = make_cache(book=book)

@@ -27,7 +27,7 @@ class Above:
     def idle(self, models: Collection[str]) -> bool:
         """Whether one of ``models`` could be evicted from memory now; the guard is held."""
         resident = self._residents.resident
-        return any(model in resident and not resident[model].holds for model in models)
+        return any(model in resident and not resident[model].held() for model in models)
 
     def unmet(self, *, over: bool) -> None:
         """Note whether a limit of the disk tier waits for a lease to end; the guard is held."""

@@ -142,8 +142,10 @@ class Worth:
         n = min(standing.n, HALVED_ABOVE)
         history = self._residents.get(model) or self._gone.get(model) or self._strangers.pop(model, None)
         history = history or _History(0, since, last)
-        history.last = max(history.last, last) if history.n else last
-        history.since = min(history.since, since)
+        if history.n:
+            history.last, history.since = max(history.last, last), min(history.since, since)
+        else:  # it came in, which was no request
+            history.last, history.since = last, since
         history.n = max(history.n, n)
         if model not in self._residents:
             _keep(self._gone, model, history, REMEMBERED)

@@ -331,7 +331,8 @@ from modelcache import DiskTier, MemoryTier, ModelCache
 from tests.support.fakes import DictSource
 
 def unload(model):
-    print("unload", model, flush=True)
+    sys.stdout.write("unload " + model + "\\n")  # at once, beside what another thread prints
+    sys.stdout.flush()
 
 source = DictSource().add(*"abcdefgh")
 cache = ModelCache(source, lambda path: (path / "model.txt").read_text().strip(chr(0)), unload=unload,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modelcache import DiskTier
+from modelcache.disk.publishing import Publisher
 from tests.support.children import run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import allocated, small_cache
@@ -277,7 +278,7 @@ def test_publication_that_fails_halfway(tmp_path: Path, monkeypatch: pytest.Monk
             elif step == "pin":
                 patch.setattr(store, "pin", failing, raising=False)
             else:
-                patch.setattr(cache._parts.shelf, "_arrived", failing)
+                patch.setattr(Publisher, "_arrived", failing)
             with contextlib.suppress(Exception):
                 cache.get("a")
         assert cache.get("a").name == "a"

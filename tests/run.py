@@ -5,18 +5,21 @@ Called by the Makefile, in the environment into which the wheel was installed; f
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.11", "3.12", "3.13")
 QUICK = "not slow and not servers and not fuzz"
 QUICK_ARGUMENTS = [f"--ignore=tests/{folder}" for folder in ("interleave", "faults", "stress")]
-"""What other Pythons run, beside what QUICK marks: behaviour, contracts and properties, a minute or two each."""
+"""What other Pythons run, at once, beside what QUICK marks: behaviour, contracts and properties."""
 
 
 def main() -> int:
@@ -32,15 +35,12 @@ def main() -> int:
     here = unpack()
     failed = run_pytest(Path(sys.executable), here, options.marks, options.pytest)
     here_version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    for version in VERSIONS if options.others and not failed else ():
-        if version == here_version:
-            continue
-        if python := find(version):
-            failed = run_pytest(prepare(uv, python, version), here, QUICK, [*QUICK_ARGUMENTS, *options.pytest])
-        else:
+    if options.others and not failed:
+        others = {version: find(version) for version in VERSIONS if version != here_version}
+        for version in [version for version, python in others.items() if python is None]:
             print(f"no Python {version} on this machine: not run", flush=True)
-        if failed:
-            break
+        pythons = [prepare(uv, python, version) for version, python in others.items() if python]
+        failed = run_side_by_side(pythons, here, QUICK, [*QUICK_ARGUMENTS, *options.pytest])
     return failed
 
 
@@ -85,9 +85,37 @@ def prepare(uv: str, python: Path, version: str) -> Path:
 
 def run_pytest(python: Path, folder: Path, marks: str, more: list[str]) -> int:
     """Run the tests in ``folder`` and return pytest's exit status."""
-    print(f"\n== {python.parents[1].name}: pytest -m {marks!r}", flush=True)
+    print(headline(python, marks), flush=True)
+    return start_pytest(python, folder, marks, more).wait()
+
+
+def run_side_by_side(pythons: list[Path], folder: Path, marks: str, more: list[str]) -> int:
+    """Run the tests in ``folder`` on some Pythons at once, show one output after the other; return the worst status."""
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in pythons]
+        running = [
+            start_pytest(python, folder, marks, [*more, "-p", "no:cacheprovider"], output)
+            for python, output in zip(pythons, outputs, strict=True)
+        ]
+        for python, process, output in zip(pythons, running, outputs, strict=True):
+            process.wait()
+            output.seek(0)
+            print(headline(python, marks), output.read(), sep="\n", flush=True)
+        return max((process.returncode for process in running), default=0)
+
+
+def start_pytest(
+    python: Path, folder: Path, marks: str, more: list[str], output: IO[str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start the tests in ``folder``."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([python, "-m", "pytest", "-m", marks, *more], check=False, cwd=folder, env=env).returncode
+    command = [python, "-m", "pytest", "-m", marks, *more]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output and subprocess.STDOUT)
+
+
+def headline(python: Path, marks: str) -> str:
+    """Return what stands above an output."""
+    return f"\n== {python.parents[1].name}: pytest -m {marks!r}"
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Forks(Twins):
         """Begin as the first process."""
         super().__init__()
         self.forks = 0
+        self.is_child = False
         self.theirs: list[Versioned] = []
         self.published: list[str] = []  # what the children of this process fetched, and theirs
         self.spoilt: set[str] = set()  # what this child deleted: it is on disk as its ancestors read it, to go some day
@@ -115,25 +116,29 @@ class Forks(Twins):
         """Be a child, from the fork to the end; its report is what it fetched, or what went wrong."""
         signal.alarm(PATIENCE)
         code, self.published, self.source.opens = 1, [], []
+        self.is_child = True
         try:
             self.theirs += self.book.values
             self.spoilt |= self.deleted & self.ordered
             use()
             self.leave()
-            report, code = json.dumps(self.source.opens + self.published), 0
+            report, code = json.dumps([self.source.opens + self.published, sorted(self.spoilt)]), 0
         except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
             report = traceback.format_exc()
         os.write(writer, report.encode()[:60_000])
         os._exit(code)
 
     def await_child(self, child: int, reader: int) -> list[str]:
-        """Wait for the end of a child, which must be a good one, and return what it and its own have fetched."""
+        """Wait for the end of a child, which must be a good one, and return what it and its own have fetched and left."""
         with open(reader) as pipe:
             report = pipe.read()
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0, report or "a child hung"
-        published: list[str] = json.loads(report)
+        fetched, deleted = json.loads(report)
+        published = [model for model in fetched if model not in deleted]
         self.published += published
+        if self.is_child:
+            self.spoilt |= set(deleted)
         return published
 
     def find(self, published: list[str]) -> None:

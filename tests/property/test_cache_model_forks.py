@@ -129,7 +129,7 @@ class Forks(Twins):
         os._exit(code)
 
     def await_child(self, child: int, reader: int) -> list[str]:
-        """Wait for the end of a child, which must be a good one, and return what it and its own have fetched and left."""
+        """Wait for the end of a child, which must be a good one; return what it and its own fetched and left."""
         with open(reader) as pipe:
             report = pipe.read()
         _, status = os.waitpid(child, 0)

@@ -111,9 +111,9 @@ def _nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def scene(bucket: Bucket, fault_proxy: FaultProxy, tmp_path: Path, way: str) -> Scene:
-    """Return a scene without faults as yet; no answer for 0.5 s is silence."""
+    """Return a scene without faults as yet; no answer for 1 s is silence."""
     bucket.put("m.bin", BODY)
-    client = bucket.store.at(fault_proxy.endpoint).client(read_timeout=0.5, connect_timeout=5)
+    client = bucket.store.at(fault_proxy.endpoint).client(read_timeout=1, connect_timeout=5)
     source = S3Source(bucket.url, key="{model}", client=client)
     pauses: list[float] = []
 

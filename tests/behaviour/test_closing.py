@@ -330,9 +330,12 @@ sys.path.insert(0, {root!r})
 from modelcache import DiskTier, MemoryTier, ModelCache
 from tests.support.fakes import DictSource
 
-def unload(model):
-    sys.stdout.write("unload " + model + "\\n")  # at once, beside what another thread prints
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # at once, beside what another thread says
     sys.stdout.flush()
+
+def unload(model):
+    say("unload", model)
 
 source = DictSource().add(*"abcdefgh")
 cache = ModelCache(source, lambda path: (path / "model.txt").read_text().strip(chr(0)), unload=unload,
@@ -389,7 +392,7 @@ def test_close_from_a_signal_handler(tmp_path: Path) -> None:
     """close() from a signal handler that interrupts a warm server thread closes everything."""
     program = """
         def stop(number, frame):
-            print("closed", cache.close(timeout=5), flush=True)
+            say("closed", cache.close(timeout=5))
             sys.exit(0)
         signal.signal(signal.SIGTERM, stop)
         for model in "abc":

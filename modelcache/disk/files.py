@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from modelcache.disk.lockfiles import LockFile
+
 _AT_ONCE = 16 * 1024  # bytes of a file that are read by one call
 
 
@@ -90,12 +92,12 @@ def same(descriptor: int, path: Path) -> bool:
 
 def sweep_one(leftover: Path) -> None:
     """Delete what a dead process left; raise OSError where a live one has it locked."""
-    descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    held = LockFile(leftover, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink()
     finally:
-        os.close(descriptor)
+        held.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from modelcache.disk.book import VERSION, Book, create
+from modelcache.disk.lockfiles import LockFile
 
 R = TypeVar("R")
 
@@ -36,6 +37,8 @@ _DAMAGED = {
 }
 _WAITS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
 _SPARE = 64 * 2**10  # bytes that are given up where the disk is full
+_AT_FORK = 0.1  # seconds that a fork in a signal handler waits for a transaction of another thread
+_BREAKS = 10  # times that it is broken off then
 _FRAMES = 500  # pages of the log after which it is written back
 
 
@@ -218,17 +221,17 @@ class Ledger:
 
         Who is stopped in here keeps newcomers out, but nobody waits for it with a lock held.
         """
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
+        held = LockFile(f"{path}.lock", os.O_RDWR | os.O_CREAT, self._mode)
         try:
-            if os.fstat(descriptor).st_uid == os.geteuid():
-                os.fchmod(descriptor, self._mode)
+            if os.fstat(held.descriptor).st_uid == os.geteuid():
+                os.fchmod(held.descriptor, self._mode)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise _Occupied("being opened") from error
             yield
         finally:
-            os.close(descriptor)
+            held.close()
 
     def _replace(self, path: Path, seen: tuple[int, int]) -> bool:
         """Remove a ledger that is damaged, unless somebody has done that already; False: somebody is at it."""
@@ -249,14 +252,25 @@ class Ledger:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def before_fork(self) -> None:
-        """Close the file, and let nobody open it until the fork is over."""
-        self._lock.acquire()
+    def before_fork(self, *, guarded: bool = False) -> None:
+        """Close the file, and let nobody open it until the fork is over.
+
+        Args:
+            guarded: this thread holds the guard, since a signal handler forks in the middle of its decision. Who has
+                the lock then may wait for the guard, for as long as we wait for the lock: so its transaction is broken
+                off, and tried again after the fork.
+        """
+        if not self._lock.acquire(timeout=_AT_FORK if guarded else -1):
+            for _ in range(_BREAKS):
+                self._disconnect()  # where it did not wait for the guard, it fails with the next statement, and lets go
+                if self._lock.acquire(timeout=_PAUSE):
+                    break
         self._disconnect()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._lock.release()
+        if self.busy:
+            self._lock.release()
 
     def reset_after_fork(self) -> None:
         """In a child: nothing was inherited but the lock, which is made anew."""

@@ -123,9 +123,9 @@ class Store:
         if not self._workshop.mine:
             self.reset_after_fork(())
 
-    def before_fork(self) -> None:
-        """Close what must not come over a fork."""
-        self.ledger.before_fork()
+    def before_fork(self, *, guarded: bool) -> None:
+        """Close what must not come over a fork; see ``Ledger.before_fork``."""
+        self.ledger.before_fork(guarded=guarded)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""

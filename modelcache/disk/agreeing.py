@@ -124,10 +124,10 @@ class Agreement:
             self.leave(book, debris, staging.reserved)
         self.count(book)
 
-    def look(self) -> None:
-        """Learn what other processes have changed."""
+    def look(self, check: Callable[[], None] | None = None) -> None:
+        """Learn what other processes have changed; see ``Ledger.look``."""
         self._refuse_nesting()
-        self._store.ledger.look(self._catch_up)
+        self._store.ledger.look(self._catch_up, check)
 
     def look_at_others(self) -> None:
         """Learn what other processes have changed, have set aside and wait for."""

@@ -3,9 +3,11 @@
 Nothing here knows of models; what is done with these is ``disk.store``.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,7 +79,33 @@ def make_folder(folder: Path, mode: int) -> None:
         folder.mkdir(mode=mode)
     except FileExistsError:
         return
-    folder.chmod(mode)  # the umask of the moment is not the tier's policy
+    set_mode(folder, mode)
+
+
+def set_mode(folder: Path, mode: int) -> None:
+    """Give a new folder its permissions: the umask of the moment is not the tier's policy, a group for all is."""
+    folder.chmod(mode | (folder.stat().st_mode & stat.S_ISGID))
+
+
+def move_aside(folder: Path, aside: Path, key: str) -> Path:
+    """Take a folder away from all readers by one step, and return where it is now; nothing where it is gone.
+
+    A folder of a container's image (the lower layer of an overlayfs) can't be renamed: it stays where it is, without
+    the file ``key``, so that nobody takes it for whole.
+
+    Raises:
+        OSError: the system refuses; the folder is whole.
+    """
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        (folder / key).unlink(missing_ok=True)
+        return folder
+    return aside
 
 
 def same(descriptor: int, path: Path) -> bool:

@@ -24,6 +24,9 @@ from modelcache.disk.lockfiles import LockFile
 
 R = TypeVar("R")
 
+OPENING = 60.0
+"""Seconds that a start waits for a process that stands still while it opens or replaces the ledger."""
+
 _TRY = 0.02  # seconds that one try waits for another process inside SQLite
 _PAUSE = 0.01  # longest pause between two tries
 _DAMAGED = {
@@ -94,9 +97,9 @@ class Ledger:
         """
         return self._run("BEGIN IMMEDIATE", decide, check)
 
-    def look(self, decide: Callable[[Book], R]) -> R:
-        """Run a transaction that only reads; it never waits for a process that writes."""
-        return self._run("BEGIN", decide, None)
+    def look(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
+        """Run a transaction that only reads; it waits for no process that writes, but for one that opens the file."""
+        return self._run("BEGIN", decide, check)
 
     def _run(self, begin: str, decide: Callable[[Book], R], check: Callable[[], None] | None) -> R:
         replaced, seen = False, (0, 0)

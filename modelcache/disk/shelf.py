@@ -13,7 +13,8 @@ from modelcache.disk.book import Book, State
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import RECHECK, Item, Wish
-from modelcache.disk.ledger import patience
+from modelcache.disk.ledger import OPENING, patience
+from modelcache.disk.opening import told
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
 from modelcache.disk.reserving import DiskRoom
@@ -59,7 +60,8 @@ class Shelf:
         self._room = room
         self._closed = False
         self.index = index
-        agreed.look()
+        with told(store.path):
+            agreed.look(patience(OPENING))
         if store.writable:
             with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
                 agreed.change(agreed.learn, patience())

@@ -25,7 +25,7 @@ import attrs
 from modelcache.disk import figures
 from modelcache.disk.book import Book, State
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, make_folder, read_text, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, move_aside, read_text, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, RECORD, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -106,7 +106,8 @@ class Store:
 
     def _prepare(self) -> None:
         """Make what is missing, and make sure that it can be written to."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, self.mode)
         refuse_network(self.path)
         for folder in (self._models, self.path / "tmp"):
             make_folder(folder, self.mode)
@@ -275,9 +276,7 @@ class Store:
         with self._pins.claim(folder) as claimed:
             if not claimed:
                 return None
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(aside)
-        return aside
+            return move_aside(folder, aside, RECORD)
 
     def discard(self, folder: Path) -> bool:
         """Delete a staged or moved-aside folder; return whether it is gone, or must be tried again."""

@@ -60,9 +60,14 @@ class Workshop:
         with self._lock:
             if self._folder is None or not self._folder.is_dir():
                 self._close_lock()
-                self._root.mkdir(parents=True, exist_ok=True, mode=self._mode)
+                self._make_root()
                 self._folder = self._make()
             return self._folder
+
+    def _make_root(self) -> None:
+        self._root.parent.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._root.parent, self._mode)
+        make_folder(self._root, self._mode)
 
     def _make(self) -> Path:
         while True:
@@ -71,7 +76,7 @@ class Workshop:
                 make_folder(folder, self._mode)
                 held = LockFile(folder, FOLDER)
             except FileNotFoundError:  # a sweeper took it before it was locked, or somebody removed tmp/
-                self._root.mkdir(parents=True, exist_ok=True, mode=self._mode)
+                self._make_root()
                 continue
             try:
                 fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

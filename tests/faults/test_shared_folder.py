@@ -189,14 +189,14 @@ def test_f024_liveness_is_no_process_id(tmp_path: Path) -> None:
 def test_f038_ledger_is_made_anew(tmp_path: Path, damage: str) -> None:
     """F038: a ledger that is damaged, lost or of another version is made anew from the folders, recency included."""
     source = DictSource().add("a", "b", "c")
-    with small_cache(tmp_path, source) as cache:
+    with small_cache(tmp_path, source, disk={"policy": "lru"}) as cache:
         for name in ("b", "c", "a", "b"):
             assert cache.get(name).name == name
             cache.unload(name)
         used = cache.stats().disk_used
     ledger = tmp_path / "disk" / "ledger.sqlite3"
     spoil(ledger, damage)
-    with small_cache(tmp_path, source, disk={"budget": used}) as cache:
+    with small_cache(tmp_path, source, disk={"budget": used, "policy": "lru"}) as cache:
         assert [row.model for row in cache.models()] == ["a", "b", "c"]
         assert cache.stats().disk_used == used == allocated(tmp_path / "disk")
         cache.disk.budget = used - 1
@@ -346,14 +346,6 @@ def test_f022_locks_that_exclude_nobody(tmp_path: Path, monkeypatch: pytest.Monk
             patch.setattr(f"fcntl.{name}", lambda *arguments: 0)
             with pytest.raises(ConfigError, match=r"no file locks.*excludes nobody.*local file system"):
                 DiskTier(tmp_path / name)
-
-
-def test_f040_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F040: a network file system is refused at construction, before anything is written."""
-    monkeypatch.setattr("modelcache.disk.opening.file_system", lambda path: "nfs4")
-    with pytest.raises(ConfigError, match=r"network file system \(nfs4\).*LocalSource"):
-        DiskTier(tmp_path / "disk")
-    assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_f042_ledger_stays_small(tmp_path: Path) -> None:

@@ -41,18 +41,19 @@ class FolderPins:
     def __init__(self) -> None:
         self._open: set[LockFile] = set()
 
-    def take(self, folder: Path) -> Pin | None:
-        """Pin a folder; None where it is gone, or being removed right now.
+    def take(self, folder: Path, staged: Path) -> Pin | None:
+        """Pin a folder, which may still lie at ``staged``; None where it is gone, or being removed right now.
 
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
         """
-        file = _open(folder)
+        del folder  # the lock is on what it will be a name of
+        file = _open(staged)
         if file is None:
             return None
         try:
             fcntl.flock(file.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if same(file.descriptor, folder):
+            if same(file.descriptor, staged):
                 return FolderPin(file, self._open)
         except BlockingIOError:
             pass

@@ -39,6 +39,7 @@ _DAMAGED = {
     sqlite3.SQLITE_IOERR_CORRUPTFS,
 }
 _WAITS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
+_NO_SPACE = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMOPEN}  # what a start meets on a full disk
 _SPARE = 64 * 2**10  # bytes that are given up where the disk is full
 _AT_FORK = 0.1  # seconds that a fork in a signal handler waits for a transaction of another thread
 _BREAKS = 10  # times that it is broken off then
@@ -113,9 +114,9 @@ class Ledger:
             except sqlite3.Error as error:
                 exact = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
                 code = exact & 0xFF
-                if code == sqlite3.SQLITE_FULL and not self._give_way():
+                if (code == sqlite3.SQLITE_FULL or exact in _NO_SPACE) and not self._give_way():
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({self._path})") from error
-                if code not in _WAITS:
+                if code not in _WAITS and exact not in _NO_SPACE:
                     if replaced:
                         raise OSError(errno.EIO, f"{error} ({self._path})") from error
                     # other codes (no descriptor or memory left, a file system that refuses) say nothing of the file

@@ -42,8 +42,8 @@ class Pins(Protocol):
     Concurrency: any thread. After a fork the child calls ``reset_after_fork`` before anything else.
     """
 
-    def take(self, folder: Path) -> Pin | None:
-        """Pin a folder; None where it is gone, or being removed right now.
+    def take(self, folder: Path, staged: Path) -> Pin | None:
+        """Pin a folder, which may still lie at ``staged``; None where it is gone, or being removed right now.
 
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
@@ -176,14 +176,14 @@ class RangePins:
         self._counts[name] += 1
         return True
 
-    def take(self, folder: Path) -> Pin | None:
-        """Pin a folder; None where it is gone, or being removed right now."""
+    def take(self, folder: Path, staged: Path) -> Pin | None:
+        """Pin a folder, which may still lie at ``staged``; None where it is gone, or being removed right now."""
         with self._lock:
             if not self._enter(folder.name):
                 return None
         pin = RangePin(self, folder.name, self._age)
         try:
-            there = folder.is_dir() and not folder.is_symlink()
+            there = staged.is_dir() and not staged.is_symlink()
         except BaseException:
             pin.close()
             raise

@@ -250,18 +250,18 @@ class Store:
         folder = self._models / name
         return folder.is_symlink() or (self.exists(name) and not folder.is_dir())
 
-    def pin(self, name: str) -> Pin | None:
-        """Lock a published folder against removal by any process; None where it is gone already.
+    def pin(self, name: str, staged: Path | None = None) -> Pin | None:
+        """Lock a published folder, or one to be published, against removal by any process; None where it is gone.
 
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
         """
         folder = self._models / name
-        pin = self._pins.take(folder)
+        pin = self._pins.take(folder, staged or folder)
         if pin is not None and self.writable:
             with contextlib.suppress(OSError):
                 now = time.time_ns()  # by itself the kernel would take a clock that ticks every 4 ms
-                os.utime(folder, ns=(now, now))  # its recency, where the ledger has to be made anew
+                os.utime(staged or folder, ns=(now, now))  # its recency, where the ledger has to be made anew
         return pin
 
     def remove(self, name: str) -> Path | None:

@@ -348,22 +348,6 @@ def test_f022_locks_that_exclude_nobody(tmp_path: Path, monkeypatch: pytest.Monk
                 DiskTier(tmp_path / name)
 
 
-def test_f042_ledger_stays_small(tmp_path: Path) -> None:
-    """F042: ten thousand uses, while somebody stands still in the middle of a look, make it no larger than some MB."""
-    disk = tmp_path / "disk"
-    source = DictSource().add("a", "b")
-    with small_cache(tmp_path, source) as cache:
-        cache.prefetch(["a", "b"], tier="disk").wait(10)
-        with contextlib.closing(sqlite3.connect(disk / "ledger.sqlite3", isolation_level=None)) as reader:
-            reader.execute("BEGIN")
-            reader.execute("SELECT count(*) FROM artifacts").fetchone()
-            for _ in range(5000):
-                for name in "ab":
-                    cache._parts.shelf.release(cache._parts.shelf.open(name))
-            size = sum(path.stat().st_size for path in disk.glob("ledger*"))
-    assert size < 4 * 2**20, size
-
-
 def test_few_descriptors_for_many_models(tmp_path: Path) -> None:
     """F046: a hundred models in memory, each with its files kept on disk, need no descriptor each."""
     said = run(

@@ -51,6 +51,14 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def is_over(pid: int) -> bool:
+    """Whether a process has closed all its files: it is gone, or only waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @contextlib.contextmanager
 def orphan(folder: Path, kind: str, script: str) -> Iterator[None]:
     """Run a script that calls ``leave``; until the end of the block its child is alive, and its parent dead."""
@@ -62,7 +70,7 @@ def orphan(folder: Path, kind: str, script: str) -> Iterator[None]:
         os.kill(pid, 0)
         yield
         child.stdin.close()
-        eventually(lambda: not Path(f"/proc/{pid}/fd/0").exists())
+        eventually(lambda: is_over(pid))
 
 
 def test_idle_child_keeps_nothing_of_a_dead_parent(tmp_path: Path, kind: str) -> None:

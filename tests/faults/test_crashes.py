@@ -12,6 +12,7 @@ from modelcache import DiskTier, ModelCache
 from tests.support.children import KILLED, finish, run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import allocated, small_cache
+from tests.support.warm import Warm
 
 # A process that kills itself at the n-th read of the stream, charge of bytes, or system call that publishes or removes.
 CRASH = """
@@ -63,16 +64,15 @@ print("whole")
 
 
 @pytest.mark.parametrize("point", ["read", "grow", "rename", "fsync", "mkdir"])
-def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, point: str) -> None:
+def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, forks: Warm, point: str) -> None:
     """F025: killed at the n-th step of a fetch, for each n until it gets through, no start sees a partial model."""
     number = 0
     whole = False
     while not whole:
         number += 1
-        child = start(CRASH, tmp_path, point, number, "new" if number % 2 else "other")
-        out = finish(child, code=None)
-        assert child.returncode in {0, KILLED}, out
-        whole = child.returncode == 0
+        code, out = forks.run(CRASH, tmp_path, point, number, "new" if number % 2 else "other")
+        assert code in {0, KILLED}, out
+        whole = code == 0
         disk = DiskTier(tmp_path / "disk", min_free=0)
         with ModelCache(DictSource(), lambda path: sorted(path.rglob("file")), disk=disk) as cache:
             assert len(list((tmp_path / "disk" / "tmp").iterdir())) == 1, "leftovers of the dead"
@@ -88,12 +88,11 @@ def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, point: str) -> Non
 
 
 @pytest.mark.parametrize("number", range(1, 10, 2))
-def test_f034_killed_in_the_middle_of_a_removal(tmp_path: Path, number: int) -> None:
+def test_f034_killed_in_the_middle_of_a_removal(tmp_path: Path, forks: Warm, number: int) -> None:
     """F034: killed at the n-th file of a removal, the model is there whole or not at all, and the rest is swept."""
-    child = start(CRASH, tmp_path, "unlink", number, "new")
-    out = finish(child, code=None)
-    assert child.returncode in {0, KILLED}, out
-    assert child.returncode == KILLED or number > 5
+    code, out = forks.run(CRASH, tmp_path, "unlink", number, "new")
+    assert code in {0, KILLED}, out
+    assert code == KILLED or number > 5
     with small_cache(tmp_path, DictSource(), lambda path: sorted(path.rglob("file"))) as cache:
         assert all(len(cache.get(model.model)) == 4 for model in cache.models())
         for model in cache.models():

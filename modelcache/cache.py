@@ -196,7 +196,8 @@ class ModelCache(Generic[T]):
             timeout: seconds to wait in place of the cache's own; None: for ever. It goes on when that ends.
 
         Returns:
-            Whether there was a new version; False also for a model that is in no tier, nor on its way there.
+            Whether there was a new version; False also for a model that is in no tier, nor on its way there. The
+            next lookup of that one asks the source, whatever failed a moment ago.
 
         Raises:
             ModelCacheError: as ``get``.

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import attrs
 
 from modelcache.disk.held import Held
-from modelcache.disk.items import RECHECK
+from modelcache.disk.items import RECHECK, Staging
 from modelcache.disk.layout import Record
 from modelcache.disk.publishing import Publisher
 from modelcache.disk.refusals import Contention, FetchedElsewhere
@@ -170,9 +170,18 @@ class Fetcher(Generic[T]):
         with self.guard:
             flight.transfer.count(amount)
 
+    def _stage(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Staging:
+        try:
+            return self.publisher.stage(self._trip(flight), artifact.size, flight.least, quest.beside, quest.known)
+        except OSError as error:  # of a folder, or of the ledger, on a full disk
+            if isinstance(error, ModelCacheError):
+                raise
+            path = self.publisher.path
+            raise _disk_error(error, flight.model, path / "tmp", artifact.size, self.publisher.free()) from error
+
     def _fetch(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Held:
         started = time.monotonic()
-        staging = self.publisher.stage(self._trip(flight), artifact.size, flight.least, quest.beside, quest.known)
+        staging = self._stage(flight, artifact, quest)
         flight.state = "fetching"
         with self.guard:
             flight.transfer.begin()

@@ -273,7 +273,8 @@ class Machinery(Generic[T]):
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
         entries = self.residents.reset_after_fork(me(), self._inherited or [])
-        self.shelf.reset_after_fork(entry.keeps for entry in entries if isinstance(entry.keeps, Held))
+        kept = [entry for entry in entries if isinstance(entry.keeps, Held)]
+        self.shelf.reset_after_fork([entry.keeps for entry in kept], [entry.keeps for entry in kept if entry.holds])
         self._inherited = entries
 
     def settle(self) -> None:

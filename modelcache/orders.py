@@ -177,6 +177,7 @@ class Orders:
                 raise CacheClosed("the cache is closed: make a new ModelCache", model=model)
             tiers = (parts.residents.resident, parts.shelf.index.models, parts.flights.active)
             if not any(model in tier for tier in tiers):  # one on its way may have asked the source before the upload
+                parts.flights.forgive(model)  # the next lookup asks the source, whatever failed a moment ago
                 return None, False, False
             asker = parts.flights.running()
             flight, new = parts.flights.start(model, Reason.REFRESH, to_memory=False, parent=asker)

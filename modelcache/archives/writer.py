@@ -8,6 +8,7 @@ publishing, which is the disk tier's.
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -170,7 +171,7 @@ class Writer:
                 path = self._target.joinpath(*parts[:depth])
                 with self._storing(member):
                     path.mkdir(0o700)
-                path.chmod(self._mode)  # whatever the umask, and the archive's own mode
+                path.chmod(self._mode | (path.stat().st_mode & stat.S_ISGID))  # whatever the umask and the archive say
             elif kid.goal is not None:
                 raise self._job.unsafe("a member below a symbolic link, or a folder of the same name", member)
             elif not kid.folder:

@@ -124,10 +124,10 @@ class Agreement:
             self.leave(book, debris, staging.reserved)
         self.count(book)
 
-    def look(self) -> None:
-        """Learn what other processes have changed."""
+    def look(self, check: Callable[[], None] | None = None) -> None:
+        """Learn what other processes have changed; see ``Ledger.look``."""
         self._refuse_nesting()
-        self._store.ledger.look(self._catch_up)
+        self._store.ledger.look(self._catch_up, check)
 
     def look_at_others(self) -> None:
         """Learn what other processes have changed, have set aside and wait for."""
@@ -152,6 +152,9 @@ class Agreement:
             asked = book.asked(self._source, 0 if whole else self._index.since(epoch))
             with self._guard:
                 self._index.learn(epoch, rows, asked, seq, self._store.owner, whole=whole)
+                for row in rows:
+                    if row.used > time.time():  # told by a clock that was wrong: it would be the latest for years
+                        self._uses.setdefault(row.name, (0.0, 0))
         return epoch
 
     def learn(self, book: Book) -> None:
@@ -237,11 +240,14 @@ class Agreement:
         book.mark([item.name for item in items], state, owner)
 
     def doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
-        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former."""
+        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former.
+
+        What is only arriving is not there yet: its bytes are its owner's.
+        """
         self.learn(book)
         with self._guard:
             begun = [item for item in items if item.state is State.LEAVING]
-            stay = [item for item in items if item.state is not State.GONE and item.state is not State.LEAVING]
+            stay = [item for item in items if item.state in {State.PRESENT, State.DOOMED}]
             due = [item for item in stay if not item.pins]
             for item in stay:
                 item.was = State.DOOMED  # also where another process reads it

@@ -10,6 +10,7 @@ import operator
 import secrets
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -225,8 +226,8 @@ class Book:
         """Book uses: name, seconds since the epoch of the last one, how many."""
         seq = self._tick()
         self._many(
-            "UPDATE artifacts SET used = max(used, ?), uses = uses + ?, by = ?, seq = ? WHERE name = ?",
-            [(used, times, by, seq, name) for name, used, times in uses],
+            "UPDATE artifacts SET used = min(max(used, ?), ?), uses = uses + ?, by = ?, seq = ? WHERE name = ?",
+            [(used, time.time(), times, by, seq, name) for name, used, times in uses],  # none in the future
         )
 
     def ask(self, source: str, models: Iterable[str]) -> None:

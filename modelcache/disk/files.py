@@ -3,11 +3,15 @@
 Nothing here knows of models; what is done with these is ``disk.store``.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from modelcache.disk.lockfiles import LockFile
 
 _AT_ONCE = 16 * 1024  # bytes of a file that are read by one call
 
@@ -75,7 +79,33 @@ def make_folder(folder: Path, mode: int) -> None:
         folder.mkdir(mode=mode)
     except FileExistsError:
         return
-    folder.chmod(mode)  # the umask of the moment is not the tier's policy
+    set_mode(folder, mode)
+
+
+def set_mode(folder: Path, mode: int) -> None:
+    """Give a new folder its permissions: the umask of the moment is not the tier's policy, a group for all is."""
+    folder.chmod(mode | (folder.stat().st_mode & stat.S_ISGID))
+
+
+def move_aside(folder: Path, aside: Path, key: str) -> Path:
+    """Take a folder away from all readers by one step, and return where it is now; nothing where it is gone.
+
+    A folder of a container's image (the lower layer of an overlayfs) can't be renamed: it stays where it is, without
+    the file ``key``, so that nobody takes it for whole.
+
+    Raises:
+        OSError: the system refuses; the folder is whole.
+    """
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        (folder / key).unlink(missing_ok=True)
+        return folder
+    return aside
 
 
 def same(descriptor: int, path: Path) -> bool:
@@ -90,12 +120,12 @@ def same(descriptor: int, path: Path) -> bool:
 
 def sweep_one(leftover: Path) -> None:
     """Delete what a dead process left; raise OSError where a live one has it locked."""
-    descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    held = LockFile(leftover, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink()
     finally:
-        os.close(descriptor)
+        held.close()

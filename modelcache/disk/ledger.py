@@ -20,8 +20,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from modelcache.disk.book import VERSION, Book, create
+from modelcache.disk.lockfiles import LockFile
 
 R = TypeVar("R")
+
+OPENING = 60.0
+"""Seconds that a start waits for a process that stands still while it opens or replaces the ledger."""
 
 _TRY = 0.02  # seconds that one try waits for another process inside SQLite
 _PAUSE = 0.01  # longest pause between two tries
@@ -35,7 +39,10 @@ _DAMAGED = {
     sqlite3.SQLITE_IOERR_CORRUPTFS,
 }
 _WAITS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
+_NO_SPACE = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMOPEN}  # what a start meets on a full disk
 _SPARE = 64 * 2**10  # bytes that are given up where the disk is full
+_AT_FORK = 0.1  # seconds that a fork in a signal handler waits for a transaction of another thread
+_BREAKS = 10  # times that it is broken off then
 _FRAMES = 500  # pages of the log after which it is written back
 
 
@@ -91,9 +98,9 @@ class Ledger:
         """
         return self._run("BEGIN IMMEDIATE", decide, check)
 
-    def look(self, decide: Callable[[Book], R]) -> R:
-        """Run a transaction that only reads; it never waits for a process that writes."""
-        return self._run("BEGIN", decide, None)
+    def look(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
+        """Run a transaction that only reads; it waits for no process that writes, but for one that opens the file."""
+        return self._run("BEGIN", decide, check)
 
     def _run(self, begin: str, decide: Callable[[Book], R], check: Callable[[], None] | None) -> R:
         replaced, seen = False, (0, 0)
@@ -107,9 +114,9 @@ class Ledger:
             except sqlite3.Error as error:
                 exact = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
                 code = exact & 0xFF
-                if code == sqlite3.SQLITE_FULL and not self._give_way():
+                if (code == sqlite3.SQLITE_FULL or exact in _NO_SPACE) and not self._give_way():
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({self._path})") from error
-                if code not in _WAITS:
+                if code not in _WAITS and exact not in _NO_SPACE:
                     if replaced:
                         raise OSError(errno.EIO, f"{error} ({self._path})") from error
                     # other codes (no descriptor or memory left, a file system that refuses) say nothing of the file
@@ -218,17 +225,17 @@ class Ledger:
 
         Who is stopped in here keeps newcomers out, but nobody waits for it with a lock held.
         """
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode)
+        held = LockFile(f"{path}.lock", os.O_RDWR | os.O_CREAT, self._mode)
         try:
-            if os.fstat(descriptor).st_uid == os.geteuid():
-                os.fchmod(descriptor, self._mode)
+            if os.fstat(held.descriptor).st_uid == os.geteuid():
+                os.fchmod(held.descriptor, self._mode)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise _Occupied("being opened") from error
             yield
         finally:
-            os.close(descriptor)
+            held.close()
 
     def _replace(self, path: Path, seen: tuple[int, int]) -> bool:
         """Remove a ledger that is damaged, unless somebody has done that already; False: somebody is at it."""
@@ -249,14 +256,25 @@ class Ledger:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def before_fork(self) -> None:
-        """Close the file, and let nobody open it until the fork is over."""
-        self._lock.acquire()
+    def before_fork(self, *, guarded: bool = False) -> None:
+        """Close the file, and let nobody open it until the fork is over.
+
+        Args:
+            guarded: this thread holds the guard, since a signal handler forks in the middle of its decision. Who has
+                the lock then may wait for the guard, for as long as we wait for the lock: so its transaction is broken
+                off, and tried again after the fork.
+        """
+        if not self._lock.acquire(timeout=_AT_FORK if guarded else -1):
+            for _ in range(_BREAKS):
+                self._disconnect()  # where it did not wait for the guard, it fails with the next statement, and lets go
+                if self._lock.acquire(timeout=_PAUSE):
+                    break
         self._disconnect()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._lock.release()
+        if self.busy:
+            self._lock.release()
 
     def reset_after_fork(self) -> None:
         """In a child: nothing was inherited but the lock, which is made anew."""

@@ -19,7 +19,11 @@ from modelcache.mounts import file_system
 
 _log = logging.getLogger("modelcache")
 _MEMORY = {"tmpfs", "ramfs"}
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse"}
+_NETWORK = {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "orangefs"),
+    *("fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.mountpoint-s3", "fuse.goofys", "fuse.rclone", "fuse.juicefs"),
+    *("fuse.blobfuse", "fuse.blobfuse2", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse"),
+}
 
 
 def refuse_network(path: Path) -> None:
@@ -139,8 +143,10 @@ def told(path: Path) -> Iterator[None]:
                 f"(uid {os.geteuid()}) may write to",
                 source=str(path),
             ) from error
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         raise ConfigError(
-            f"disk folder {path} can't be used ({error}): give DiskTier a folder on a local file system",
+            f"disk folder {path} can't be used ({error}): "
+            + ("free some space there" if full else "give DiskTier a folder on a local file system"),
             setting="path",
             value=str(path),
         ) from error

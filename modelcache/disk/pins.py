@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from modelcache.disk.files import same
+from modelcache.disk.lockfiles import LockFile
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid; padded
 _BUSY = {errno.EAGAIN, errno.EACCES}
@@ -41,8 +42,8 @@ class Pins(Protocol):
     Concurrency: any thread. After a fork the child calls ``reset_after_fork`` before anything else.
     """
 
-    def take(self, folder: Path) -> Pin | None:
-        """Pin a folder; None where it is gone, or being removed right now.
+    def take(self, folder: Path, staged: Path) -> Pin | None:
+        """Pin a folder, which may still lie at ``staged``; None where it is gone, or being removed right now.
 
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
@@ -58,11 +59,11 @@ class Pins(Protocol):
         ...
 
     def reset_after_fork(self, kept: Iterable[Pin]) -> None:
-        """In a child: no I/O but closing descriptors; ``kept`` stay pinned, with the parent, until ``adopted``."""
+        """In a child: pin ``kept`` anew and let go of all other pins of the parent; nothing that waits."""
         ...
 
     def adopted(self) -> None:
-        """In a child: let go of what was only kept for the time until it had pins of its own."""
+        """In a child: let go of what could only be kept together with the parent, for lack of descriptors."""
         ...
 
     def close(self) -> None:
@@ -103,7 +104,7 @@ class RangePins:
         self._path = path
         self._mode = mode
         self._writable = writable
-        self._inherited: list[int] = []
+        self._inherited: list[LockFile] = []  # which carry locks that are still wanted
         self._age = 0  # forks on the way from the process that made it
         self._begin()
 
@@ -111,7 +112,7 @@ class RangePins:
         # guards the descriptors and counts; calls that never wait (fcntl, open, fstat) are all that happens under it.
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
-        self._readers = -1
+        self._readers: LockFile | None = None
 
     def probe(self) -> None:
         """Make sure that locks exclude one another.
@@ -121,64 +122,68 @@ class RangePins:
         """
         first, second, place = self._open(), self._open(), secrets.randbits(55)  # others may probe at this moment
         try:
-            _set(first, fcntl.F_WRLCK, place)
+            _set(first.descriptor, fcntl.F_WRLCK, place)
             try:
-                _set(second, fcntl.F_RDLCK, place)
+                _set(second.descriptor, fcntl.F_RDLCK, place)
             except OSError as error:
                 if error.errno not in _BUSY:
                     raise
             else:
                 raise OSError(errno.ENOLCK, "a lock there excludes nobody")
         finally:
-            os.close(first)
-            os.close(second)
+            first.close()
+            second.close()
 
-    def _open(self) -> int:
+    def _open(self) -> LockFile:
         if not self._writable:
-            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode & 0o666)
+            return LockFile(self._path, os.O_RDONLY)
+        file = LockFile(self._path, os.O_RDWR | os.O_CREAT, self._mode & 0o666)
         try:
-            if os.fstat(descriptor).st_uid == os.geteuid():
-                os.fchmod(descriptor, self._mode & 0o666)  # whatever the umask
+            if os.fstat(file.descriptor).st_uid == os.geteuid():
+                os.fchmod(file.descriptor, self._mode & 0o666)  # whatever the umask
         except BaseException:
-            os.close(descriptor)
+            file.close()
             raise
-        return descriptor
+        return file
 
-    def _fresh(self, descriptor: int) -> int:
-        """Return a descriptor of the file as others see it: somebody may have removed it under us."""
-        if descriptor >= 0 and same(descriptor, self._path):
-            return descriptor
-        if descriptor >= 0:
-            self._inherited.append(descriptor)  # it carries locks that are still wanted
-        return self._open()
+    def _look(self) -> LockFile:
+        """Return the file as others see it, with all pins on it: somebody may have removed it under us.
 
-    def _look(self) -> None:
-        """See to it that pins are where others look for them; the lock is held."""
-        fresh = self._fresh(self._readers)
-        if fresh != self._readers:
-            self._readers = fresh
-            for name in self._counts:
-                with contextlib.suppress(OSError):  # somebody claims it: it goes under us, as its whole file did
-                    _set(fresh, fcntl.F_RDLCK, _place(name))
+        The lock is held.
+        """
+        if self._readers is not None:
+            if same(self._readers.descriptor, self._path):
+                return self._readers
+            self._inherited.append(self._readers)
+        self._readers = fresh = self._open()
+        fresh.inherited = True
+        for name in self._counts:
+            with contextlib.suppress(OSError):  # somebody claims it: it goes under us, as its whole file did
+                _set(fresh.descriptor, fcntl.F_RDLCK, _place(name))
+        return fresh
 
-    def take(self, folder: Path) -> Pin | None:
-        """Pin a folder; None where it is gone, or being removed right now."""
+    def _enter(self, name: str) -> bool:
+        """Count one more reader of a folder; False where it is being removed right now. The lock is held."""
+        if self._counts[name] == 0:
+            try:
+                _set(self._look().descriptor, fcntl.F_RDLCK, _place(name))
+            except FileNotFoundError:
+                pass  # a folder that only can be read, and that nobody has ever written to: nobody removes here
+            except OSError as error:
+                if error.errno not in _BUSY:
+                    raise
+                return False
+        self._counts[name] += 1
+        return True
+
+    def take(self, folder: Path, staged: Path) -> Pin | None:
+        """Pin a folder, which may still lie at ``staged``; None where it is gone, or being removed right now."""
         with self._lock:
-            if self._counts[folder.name] == 0:
-                try:
-                    self._look()
-                    _set(self._readers, fcntl.F_RDLCK, _place(folder.name))
-                except FileNotFoundError:
-                    pass  # a folder that only can be read, and that nobody has ever written to: nobody removes here
-                except OSError as error:
-                    if error.errno not in _BUSY:
-                        raise
-                    return None
-            self._counts[folder.name] += 1
+            if not self._enter(folder.name):
+                return None
         pin = RangePin(self, folder.name, self._age)
         try:
-            there = folder.is_dir() and not folder.is_symlink()
+            there = staged.is_dir() and not staged.is_symlink()
         except BaseException:
             pin.close()
             raise
@@ -194,17 +199,17 @@ class RangePins:
                 return
             if self._counts[name] > 1:
                 self._counts[name] -= 1
-            elif self._counts.pop(name, 0) and self._readers >= 0:
+            elif self._counts.pop(name, 0) and self._readers is not None:
                 with contextlib.suppress(OSError):  # closed behind our back: then it is gone
-                    _set(self._readers, fcntl.F_UNLCK, _place(name))
+                    _set(self._readers.descriptor, fcntl.F_UNLCK, _place(name))
 
     @contextlib.contextmanager
     def claim(self, folder: Path) -> Iterator[bool]:
         """Return a context in which nobody can pin a folder; it gives False where somebody has it pinned."""
-        descriptor = self._open()
+        file = self._open()
         try:
             try:
-                _set(descriptor, fcntl.F_WRLCK, _place(folder.name))
+                _set(file.descriptor, fcntl.F_WRLCK, _place(folder.name))
                 claimed = True
             except OSError as error:
                 if error.errno not in _BUSY:
@@ -212,37 +217,39 @@ class RangePins:
                 claimed = False
             yield claimed
         finally:
-            os.close(descriptor)
+            file.close()
 
     def reset_after_fork(self, kept: Iterable[Pin]) -> None:
         """In a child: what the parent has locked is locked by the open file that both share, until both close it."""
-        keep = any(True for _ in kept)
-        stays = [self._readers, *self._inherited] if keep else []
-        for descriptor in {self._readers, *self._inherited} - {-1, *stays}:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._inherited = [descriptor for descriptor in stays if descriptor >= 0]
+        shared, self._inherited = [*self._inherited, *([self._readers] if self._readers is not None else [])], []
         self._age += 1
         self._begin()
+        try:
+            for pin in kept:
+                if isinstance(pin, RangePin) and self._enter(pin._name):  # noqa: SLF001 - of this module
+                    pin._age = self._age  # noqa: SLF001 - the same
+        except OSError:  # no descriptor left: the parent's hold as well
+            self._inherited = shared
+            return
+        for file in shared:
+            file.close()
 
     def adopted(self) -> None:
         """In a child: close what carries the parent's locks."""
         with self._lock:
             inherited, self._inherited = self._inherited, []
-        for descriptor in inherited:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        for file in inherited:
+            file.close()
 
     def close(self) -> None:
         """Close what carries no pin."""
         with self._lock:
             if self._counts:
                 return
-            idle, self._readers, self._inherited = [self._readers, *self._inherited], -1, []
-        for descriptor in idle:
-            if descriptor >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+            idle, self._readers, self._inherited = [self._readers, *self._inherited], None, []
+        for file in idle:
+            if file is not None:
+                file.close()
 
 
 def _place(name: str) -> int:

@@ -48,6 +48,11 @@ class Publisher:
         """Permissions of folders made in this tier."""
         return self._store.mode
 
+    @property
+    def path(self) -> Path:
+        """The folder of the tier."""
+        return self._store.path
+
     def free(self) -> int:
         """Return the bytes that the file system has left."""
         return self._store.free()
@@ -136,8 +141,8 @@ class Publisher:
             self._index.pin(item)  # before anybody sees it, so that nobody removes it first
         pin = None
         try:
+            pin = self._store.pin(name, staging.folder)  # the same for other processes
             self._store.publish(staging.folder, name)
-            pin = self._store.pin(name)
         except BaseException:
             if pin is not None:
                 pin.close()

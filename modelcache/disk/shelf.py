@@ -13,7 +13,8 @@ from modelcache.disk.book import Book, State
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import RECHECK, Item, Wish
-from modelcache.disk.ledger import patience
+from modelcache.disk.ledger import OPENING, patience
+from modelcache.disk.opening import told
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
 from modelcache.disk.reserving import DiskRoom
@@ -59,7 +60,8 @@ class Shelf:
         self._room = room
         self._closed = False
         self.index = index
-        agreed.look()
+        with told(store.path):
+            agreed.look(patience(OPENING))
         if store.writable:
             with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
                 agreed.change(agreed.learn, patience())
@@ -218,21 +220,23 @@ class Shelf:
         return self.open(wish.model)
 
     def before_fork(self) -> None:
-        """Close what must not come over a fork."""
-        self._store.before_fork()
+        """Close what must not come over a fork; this thread may hold the guard, in a signal handler."""
+        self._store.before_fork(guarded=self._guard.busy)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
         self._store.after_fork_in_parent()
 
-    def reset_after_fork(self, kept: Iterable[Held]) -> None:
-        """In a child: no I/O but closing descriptors.
+    def reset_after_fork(self, kept: Iterable[Held], leased: Iterable[Held]) -> None:
+        """In a child: no I/O but opening, locking and closing descriptors.
 
         Args:
-            kept: what models that were loaded before the fork keep pinned; ``adopt`` each of them later.
+            kept: what models that were loaded before the fork keep pinned; ``adopt`` each of them later. Until then
+                nothing keeps their files but the parent: this child may never look at the cache.
+            leased: which of them this child holds leases on, so that they are pinned at once.
         """
         kept = list(kept)
-        self._store.reset_after_fork(held.pin for held in kept if held.pin is not None)
+        self._store.reset_after_fork(held.pin for held in leased if held.pin is not None)
         self._agreed.reset_after_fork()
         self.index.reset_after_fork()
         for held in kept:

@@ -25,7 +25,7 @@ import attrs
 from modelcache.disk import figures
 from modelcache.disk.book import Book, State
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, make_folder, read_text, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, move_aside, read_text, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, RECORD, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -106,7 +106,8 @@ class Store:
 
     def _prepare(self) -> None:
         """Make what is missing, and make sure that it can be written to."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=self.mode)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, self.mode)
         refuse_network(self.path)
         for folder in (self._models, self.path / "tmp"):
             make_folder(folder, self.mode)
@@ -123,9 +124,9 @@ class Store:
         if not self._workshop.mine:
             self.reset_after_fork(())
 
-    def before_fork(self) -> None:
-        """Close what must not come over a fork."""
-        self.ledger.before_fork()
+    def before_fork(self, *, guarded: bool) -> None:
+        """Close what must not come over a fork; see ``Ledger.before_fork``."""
+        self.ledger.before_fork(guarded=guarded)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
@@ -249,18 +250,18 @@ class Store:
         folder = self._models / name
         return folder.is_symlink() or (self.exists(name) and not folder.is_dir())
 
-    def pin(self, name: str) -> Pin | None:
-        """Lock a published folder against removal by any process; None where it is gone already.
+    def pin(self, name: str, staged: Path | None = None) -> Pin | None:
+        """Lock a published folder, or one to be published, against removal by any process; None where it is gone.
 
         Raises:
             OSError: the system has no descriptor left, or can't read the folder.
         """
         folder = self._models / name
-        pin = self._pins.take(folder)
+        pin = self._pins.take(folder, staged or folder)
         if pin is not None and self.writable:
             with contextlib.suppress(OSError):
                 now = time.time_ns()  # by itself the kernel would take a clock that ticks every 4 ms
-                os.utime(folder, ns=(now, now))  # its recency, where the ledger has to be made anew
+                os.utime(staged or folder, ns=(now, now))  # its recency, where the ledger has to be made anew
         return pin
 
     def remove(self, name: str) -> Path | None:
@@ -275,9 +276,7 @@ class Store:
         with self._pins.claim(folder) as claimed:
             if not claimed:
                 return None
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(aside)
-        return aside
+            return move_aside(folder, aside, RECORD)
 
     def discard(self, folder: Path) -> bool:
         """Delete a staged or moved-aside folder; return whether it is gone, or must be tried again."""

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from modelcache.disk.ledger import OPENING, patience
+from modelcache.disk.opening import told
 from modelcache.disk.store import Store
 from modelcache.disk.sweeping import reconcile, sweep
 from modelcache.errors import ConfigError
@@ -76,11 +78,17 @@ class DiskTier:
             self._open(_absolute(path))
 
     def _open(self, path: Path) -> Store:
-        self._store = Store(path, self._mode)
-        sweep(self._store)
-        reconcile(self._store)
-        self._store.ledger.close()  # until it has a cache, nobody closes it before a fork
-        return self._store
+        self._store = store = Store(path, self._mode)
+        try:
+            with told(path):
+                store.ledger.look(lambda _: None, patience(OPENING))
+                sweep(store)
+                reconcile(store)
+                store.ledger.close()  # until it has a cache, nobody closes it before a fork
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     @property
     def store(self) -> Store:

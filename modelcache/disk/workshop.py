@@ -14,9 +14,10 @@ import threading
 from pathlib import Path
 
 from modelcache.disk.files import make_folder, same, sweep_one
+from modelcache.disk.lockfiles import LockFile
 from modelcache.errors import ConfigError
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+FOLDER = os.O_RDONLY | os.O_DIRECTORY
 """How a folder is opened to lock it."""
 
 
@@ -33,6 +34,7 @@ class Workshop:
     def __init__(self, root: Path, mode: int) -> None:
         self._root = root
         self._mode = mode
+        self._held: LockFile | None = None
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -44,10 +46,9 @@ class Workshop:
         self._process = os.getpid()
 
     def _close_lock(self) -> None:
-        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):  # closed behind our back: then it is gone
-                os.close(descriptor)
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
     def folder(self) -> Path:
         """Return the folder, made where it is missing.
@@ -59,31 +60,36 @@ class Workshop:
         with self._lock:
             if self._folder is None or not self._folder.is_dir():
                 self._close_lock()
-                self._root.mkdir(parents=True, exist_ok=True, mode=self._mode)
+                self._make_root()
                 self._folder = self._make()
             return self._folder
+
+    def _make_root(self) -> None:
+        self._root.parent.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._root.parent, self._mode)
+        make_folder(self._root, self._mode)
 
     def _make(self) -> Path:
         while True:
             folder = self._root / secrets.token_hex(8)
             try:
                 make_folder(folder, self._mode)
-                descriptor = os.open(folder, FOLDER)
+                held = LockFile(folder, FOLDER)
             except FileNotFoundError:  # a sweeper took it before it was locked, or somebody removed tmp/
-                self._root.mkdir(parents=True, exist_ok=True, mode=self._mode)
+                self._make_root()
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if same(descriptor, folder):
+                fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if same(held.descriptor, folder):
                     _probe(folder)
-                    self._descriptor = descriptor
+                    self._held = held
                     return folder
-                os.close(descriptor)  # a sweeper took it between its creation and the lock
+                held.close()  # a sweeper took it between its creation and the lock
             except BlockingIOError:  # a sweeper has it
-                os.close(descriptor)
+                held.close()
                 continue
             except OSError as error:
-                os.close(descriptor)
+                held.close()
                 shutil.rmtree(folder, ignore_errors=True)
                 if error.errno not in {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL}:
                     raise
@@ -126,13 +132,13 @@ class Workshop:
 
 def _probe(folder: Path) -> None:
     """Make sure that a lock on a folder, which is held, excludes others: some network file systems say yes to all."""
-    descriptor = os.open(folder, FOLDER)
+    second = LockFile(folder, FOLDER)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(second.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
     finally:
-        os.close(descriptor)
+        second.close()
     raise OSError(errno.ENOLCK, "a lock there excludes nobody")
 
 

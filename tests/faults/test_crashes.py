@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess  # noqa: TC003 - annotations that a reader may evaluate
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from modelcache import DiskTier, ModelCache
 from tests.support.children import KILLED, finish, run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import allocated, small_cache
+from tests.support.warm import Warm
 
 # A process that kills itself at the n-th read of the stream, charge of bytes, or system call that publishes or removes.
 CRASH = """
@@ -64,16 +64,15 @@ print("whole")
 
 
 @pytest.mark.parametrize("point", ["read", "grow", "rename", "fsync", "mkdir"])
-def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, point: str) -> None:
+def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, forks: Warm, point: str) -> None:
     """F025: killed at the n-th step of a fetch, for each n until it gets through, no start sees a partial model."""
     number = 0
     whole = False
     while not whole:
         number += 1
-        child = start(CRASH, tmp_path, point, number, "new" if number % 2 else "other")
-        out = finish(child, code=None)
-        assert child.returncode in {0, KILLED}, out
-        whole = child.returncode == 0
+        code, out = forks.run(CRASH, tmp_path, point, number, "new" if number % 2 else "other")
+        assert code in {0, KILLED}, out
+        whole = code == 0
         disk = DiskTier(tmp_path / "disk", min_free=0)
         with ModelCache(DictSource(), lambda path: sorted(path.rglob("file")), disk=disk) as cache:
             assert len(list((tmp_path / "disk" / "tmp").iterdir())) == 1, "leftovers of the dead"
@@ -89,12 +88,11 @@ def test_f025_killed_at_every_step_of_a_fetch(tmp_path: Path, point: str) -> Non
 
 
 @pytest.mark.parametrize("number", range(1, 10, 2))
-def test_f034_killed_in_the_middle_of_a_removal(tmp_path: Path, number: int) -> None:
+def test_f034_killed_in_the_middle_of_a_removal(tmp_path: Path, forks: Warm, number: int) -> None:
     """F034: killed at the n-th file of a removal, the model is there whole or not at all, and the rest is swept."""
-    child = start(CRASH, tmp_path, "unlink", number, "new")
-    out = finish(child, code=None)
-    assert child.returncode in {0, KILLED}, out
-    assert child.returncode == KILLED or number > 5
+    code, out = forks.run(CRASH, tmp_path, "unlink", number, "new")
+    assert code in {0, KILLED}, out
+    assert code == KILLED or number > 5
     with small_cache(tmp_path, DictSource(), lambda path: sorted(path.rglob("file"))) as cache:
         assert all(len(cache.get(model.model)) == 4 for model in cache.models())
         for model in cache.models():
@@ -105,7 +103,8 @@ def test_f034_killed_in_the_middle_of_a_removal(tmp_path: Path, number: int) -> 
 
 SHARED = """
 import hashlib, random
-folder, seed, seconds, shared = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4])
+folder, seconds, shared, wanted_first = Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+seed, pids = 0, []
 names = [f"m{number}" for number in range(8)]
 source = DictSource()
 import random as r
@@ -115,38 +114,43 @@ for name in names:
 wanted = {name: hashlib.sha256(r.Random(name).randbytes(40000)).hexdigest() for name in names}
 def load(path, name):
     return hashlib.sha256((path / "weights").read_bytes()).hexdigest(), path
+with small_cache(folder / "first", source, load) as cache:
+    cache.get(names[0])  # all imports
+for child in range(8):
+    seed += 1
+    if not (pid := os.fork()): break
+    pids.append(pid)
+else:
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
 cache = small_cache(folder, source, load, memory={"max_models": 2}, disk={"budget": 3 * 60000})
 chance = random.Random(seed)
 (shared / f"ready{seed}").touch()
-eventually(lambda: len(list(shared.iterdir())) == int(sys.argv[5]), 15)
+eventually(lambda: len(list(shared.iterdir())) == 8, 15)
 deadline, count = time.monotonic() + seconds, 0
 while time.monotonic() < deadline:
-    name = chance.choice(names[:1] if sys.argv[6] == "one" and not count else names)
+    name = chance.choice(names[:1] if wanted_first == "one" and not count else names)
     with cache.lease(name, timeout=15) as (digest, path):
         assert digest == wanted[name], name
         assert hashlib.sha256((path / "weights").read_bytes()).hexdigest() == wanted[name], "removed under a lease"
     count += 1
-    if sys.argv[6] == "one":
+    if wanted_first == "one":
         break
 assert cache.close()
-print(count)
+os.write(1, f"{count}\\n".encode())
+os._exit(0)
 """
 
 
-def counts_of(children: "list[subprocess.Popen[str]]") -> list[int]:
-    """Wait for all children, then look at how they ended; return what each printed."""
-    outputs = [child.communicate(timeout=45) for child in children]
-    for child, (out, err) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, f"{out}\n{err}"
-    return [int(out) for out, _ in outputs]
+def counts_of(folder: Path, seconds: int, wanted: str) -> list[int]:
+    """Run eight processes that use one folder; return how many models each has used."""
+    shared = folder / "ready"
+    shared.mkdir()
+    return [int(count) for count in run(SHARED, folder, seconds, shared, wanted, watchdog=40, timeout=45).split()]
 
 
 def test_f026_eight_processes_ask_for_one_model(tmp_path: Path) -> None:
     """F026: eight processes that ask for one model at one moment all read the whole of it."""
-    shared = tmp_path / "ready"
-    shared.mkdir()
-    children = [start(SHARED, tmp_path, seed, 1, shared, 8, "one") for seed in range(8)]
-    assert counts_of(children) == [1] * 8
+    assert counts_of(tmp_path, 1, "one") == [1] * 8
 
 
 @pytest.mark.parametrize(
@@ -154,10 +158,9 @@ def test_f026_eight_processes_ask_for_one_model(tmp_path: Path) -> None:
 )
 def test_f033_eight_processes_evict_and_read(tmp_path: Path, seconds: int) -> None:
     """F026, F033: eight processes with disk room for three models read the right bytes, and evict without error."""
-    shared = tmp_path / "ready"
-    shared.mkdir()
-    children = [start(SHARED, tmp_path, seed, seconds, shared, 8, "all", watchdog=40) for seed in range(8)]
-    assert all(count > 0 for count in counts_of(children))
+    counts = counts_of(tmp_path, seconds, "all")
+    assert len(counts) == 8
+    assert all(counts)
     with small_cache(tmp_path, DictSource()):
         assert len(list((tmp_path / "disk" / "tmp").iterdir())) == 1
 

@@ -5,10 +5,8 @@ import json
 import mmap
 import os
 import shutil
-import subprocess
 import threading
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,8 @@ from modelcache import ModelCacheError, NoRoom
 from modelcache.monitor import Monitor
 from tests.support.children import run
 from tests.support.fakes import DictSource, tar
+from tests.support.mounts import open_path, small_disk
 from tests.support.racing import Call, Counting, Gate, allocated, descriptors, load_model, small_cache, together
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, options: str) -> Iterator[Path]:
-    """Mount a tmpfs; skip where this user may not."""
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", options, "none", folder], check=False).returncode:
-        pytest.skip("can't mount a tmpfs here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_f027_disk_full(tmp_path: Path) -> None:
@@ -177,7 +163,7 @@ def test_f035_published_files_never_change(tmp_path: Path) -> None:
         assert bytes(mapped) == before
 
 
-@pytest.mark.parametrize("lost", ["", "models", "tmp", "modelcache.json"])
+@pytest.mark.parametrize("lost", ["", "models", "tmp", "modelcache.json", "leases", "ledger.sqlite3"])
 @pytest.mark.parametrize("moment", ["idle", "read", "load"])
 def test_f043_folder_removed_under_a_running_cache(tmp_path: Path, lost: str, moment: str) -> None:
     """F043: rm -rf of the folder, or of a part, leaves loaded models served; the next fetch works or says why not."""
@@ -371,17 +357,8 @@ def test_f045_unreadable_folder(tmp_path: Path) -> None:
             assert [cache.get(name).name for name in "abc"] == ["a", "b", "c"]
             cache.disk.budget = 10**9
         """,
-        _open_path(tmp_path),
+        open_path(tmp_path),
     )
-
-
-def _open_path(tmp_path: Path) -> Path:
-    folder = tmp_path / "open"
-    folder.mkdir()
-    for parent in (folder, *folder.parents):
-        if "pytest-" in str(parent):
-            parent.chmod(0o755)
-    return folder
 
 
 def test_f046_few_descriptors(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.support.children import run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import allocated, small_cache
 from tests.support.waiting import eventually
+from tests.support.warm import Warm
 
 
 def ledger_of(folder: Path) -> Path:
@@ -385,10 +386,10 @@ print("lived")
         *("Book gone 0", "Book gone 0.5", "Lost add 0", "Lost add 0.5", "Ledger _prepare 0", "Ledger _prepare 0.5"),
     ],
 )
-def test_killed_at_each_step(tmp_path: Path, step: str) -> None:
+def test_killed_at_each_step(tmp_path: Path, forks: Warm, step: str) -> None:
     """Wherever a process is killed, the next one counts all there is, serves that, and fetches the rest."""
-    out = run(KILLED, tmp_path, step, code=None)
-    assert out in {"", "lived\n"}
+    code, out = forks.run(KILLED, tmp_path, step)
+    assert (code, out) in {(-signal.SIGKILL, ""), (0, "lived\n")}
     if not step.startswith("module"):
         assert out == "", "it was not killed there"
     source = DictSource().add("a", "b", "c")
@@ -453,3 +454,41 @@ def test_delete_while_another_evicts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         held[0].close()
         assert two.get("a").name == "a"
         assert len(two._parts.fetcher.source.opens) == 1
+
+
+@pytest.mark.parametrize("step", ["new_name", "publish", "pin"])
+def test_delete_of_what_another_process_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """A delete at any step of a publication by another cache takes nothing away from whoever fetches, nor its bytes."""
+    with small_cache(tmp_path, DictSource().add("a")) as one, small_cache(tmp_path, DictSource().add("a")) as two:
+        store, gone = one.disk.store, list[bool]()
+        real = getattr(store, step)
+
+        def deleting(*arguments: Any) -> Any:
+            gone.append(two.delete("a"))
+            result = real(*arguments)
+            gone.append(two.delete("a"))
+            return result
+
+        monkeypatch.setattr(store, step, deleting, raising=False)
+        assert one.get("a").name == "a"
+        monkeypatch.undo()
+        assert gone
+        assert one.stats().disk_used == two.stats().disk_used == allocated(tmp_path / "disk") > 0
+        one.unload("a")
+        assert one.get("a").name == "a"
+        assert one._parts.fetcher.source.opens == ["a"]
+
+
+def test_other_ledger_evicts_what_is_being_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published is pinned before anybody can see it, whatever another process believes of its folder."""
+    with small_cache(tmp_path, DictSource().add("a")) as one, small_cache(tmp_path, DictSource()) as two:
+        store, tried = one.disk.store, list[Any]()
+        publish = store.publish
+
+        def publish_and_remove(staged: Path, name: str) -> None:
+            publish(staged, name)
+            tried.append(two.disk.store.remove(name))
+
+        monkeypatch.setattr(store, "publish", publish_and_remove)
+        assert one.get("a").name == "a"
+        assert tried == [None]

@@ -2,12 +2,16 @@
 
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,19 +40,22 @@ def source(script: str) -> str:
     return text
 
 
-def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> "subprocess.Popen[str]":
+def start(
+    script: str, *arguments: Any, watchdog: int = 15, under: Sequence[str] = (), **settings: Any
+) -> "subprocess.Popen[str]":
     """Start a script; it dumps all stacks and ends itself after ``watchdog`` seconds.
 
     Args:
         script: Python, after ``PRELUDE``.
         arguments: its ``sys.argv[1:]``.
         watchdog: seconds.
+        under: a command that runs it, such as that of ``injecting``.
         settings: further arguments for ``Popen``; ``env`` is added to ours.
     """
     path = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry)])
     environment = {**os.environ, "PYTHONPATH": path, "WATCHDOG": str(watchdog), **settings.pop("env", {})}
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source(script)]
+        [*under, sys.executable, "-W", "ignore::DeprecationWarning", "-c", source(script)]
         + [str(argument) for argument in arguments],
         env=environment,
         stdout=subprocess.PIPE,
@@ -56,6 +63,22 @@ def start(script: str, *arguments: Any, watchdog: int = 15, **settings: Any) -> 
         text=True,
         **settings,
     )
+
+
+def injecting(*faults: str, path: Path | None = None) -> list[str]:
+    """Return the command under which system calls of a script fail; skips the test where that can't be done.
+
+    Args:
+        faults: as strace wants them after ``inject=``, such as ``"flock:error=ENOLCK:when=2+"``.
+        path: only calls that touch this path.
+    """
+    strace = shutil.which("strace")
+    calls = ",".join(fault.partition(":")[0] for fault in faults)
+    command = [str(strace), "-f", "-qq", "--seccomp-bpf", "-o", os.devnull, "-e", f"trace={calls}"]
+    if strace is None or subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs strace, and leave to trace")
+    command += [] if path is None else ["-P", str(path)]
+    return command + [word for fault in faults for word in ("-e", f"inject={fault}")]
 
 
 def finish(child: "subprocess.Popen[str]", *, code: int | None = 0, timeout: float = 18.0) -> str:

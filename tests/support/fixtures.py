@@ -1,4 +1,4 @@
-"""Fixtures for tests against S3: a pytest plugin, loaded by ``tests/conftest.py``."""
+"""Fixtures for tests against S3, and for scripts in forks: a pytest plugin, loaded by ``tests/conftest.py``."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import pytest
 from tests.support import ceph, moto
 from tests.support.proxy import FaultProxy
 from tests.support.s3 import Bucket, Store
+from tests.support.warm import Warm, warm
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
@@ -51,3 +52,10 @@ def fault_proxy(s3: Store) -> Iterator[FaultProxy]:
     """Return a proxy in front of the same store as ``s3`` and ``bucket``, as yet without faults."""
     with FaultProxy(s3.endpoint) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Warm]:
+    """Give a process that runs scripts in forks of it."""
+    with warm() as process:
+        yield process

@@ -1,0 +1,202 @@
+"""Faults that the kernel or the file system brings about, by number: real error codes, layers, mounts and users."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from modelcache import ConfigError, DiskTier
+from tests.support.children import injecting, run
+from tests.support.fakes import DictSource
+from tests.support.mounts import layered, open_path, read_only, small_disk
+from tests.support.racing import allocated, small_cache
+
+OPENS = """
+source = DictSource().add("a")
+try:
+    cache = small_cache(Path(sys.argv[1]), source)
+except ConfigError as error:
+    found = [path for path in Path(sys.argv[1]).glob("disk/*/*")]
+    print("refused", len(found), source.opens, error)
+    sys.exit()
+print(cache.get("a").name, flush=True)
+assert cache.close()
+"""
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EBADF", "EOPNOTSUPP", "EINVAL"])
+@pytest.mark.parametrize("kind", ["flock", "fcntl"])
+def test_f022_no_locks(tmp_path: Path, kind: str, error: str) -> None:
+    """F022: a file system that has no locks of one kind is refused at construction, before anything is fetched."""
+    path = tmp_path / "disk" / "leases" if kind == "fcntl" else None
+    said = run(OPENS, tmp_path, under=injecting(f"{kind}:error={error}", path=path))
+    assert re.match(r"refused 0 \[\] disk folder .* has no file locks \(.*use a local file system", said)
+
+
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [
+        ("ledger.sqlite3", "fcntl:error=EINVAL"),
+        ("ledger.sqlite3-shm", "fcntl:error=ENOLCK"),
+        ("ledger.sqlite3-shm", "mmap:error=ENODEV"),
+        ("ledger.sqlite3-wal", "pwrite64:error=EIO"),
+        ("ledger.sqlite3", "pread64:error=EIO"),
+        ("ledger.sqlite3.lock", "flock:error=ENOLCK"),
+        ("ledger.sqlite3.lock", "openat:error=EIO"),
+    ],
+)
+def test_f040_ledger_that_can_not_work(tmp_path: Path, file: str, fault: str) -> None:
+    """F022, F040, F045: where SQLite can't lock, map, read or write, that is said at construction, typed, at once."""
+    said = run(OPENS, tmp_path, under=injecting(fault, path=tmp_path / "disk" / file))
+    assert re.match(rf"refused 0 \[\] disk folder {tmp_path}/disk can't be used \(.*(ledger|No locks)", said)
+
+
+STANDS_STILL = """
+import modelcache.disk.ledger as module
+module.OPENING = 0.3
+for name in ("tier", "shelf"):
+    __import__(f"modelcache.disk.{name}")
+    setattr(sys.modules[f"modelcache.disk.{name}"], "OPENING", 0.3)
+"""
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EAGAIN"])
+def test_f021_ledger_that_somebody_holds_for_ever(tmp_path: Path, error: str) -> None:
+    """F021, F022: a start does not wait for ever for whoever opens the ledger, nor for locks that never come."""
+    path = tmp_path / "disk" / ("ledger.sqlite3" if error == "ENOLCK" else "ledger.sqlite3.lock")
+    call = "fcntl" if error == "ENOLCK" else "flock"
+    said = run(STANDS_STILL + OPENS, tmp_path, under=injecting(f"{call}:error={error}", path=path))
+    assert "another process is in the middle of a change" in said
+
+
+@pytest.mark.parametrize(
+    "kind", ["nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "fuse.sshfs", "fuse.juicefs"]
+)
+def test_f040_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """F040: a network file system is known by the system's list of mounts, and refused before anything is written."""
+    listed = tmp_path / "mountinfo"
+    place = str(tmp_path / "the cache").replace(" ", r"\040")
+    listed.write_text(
+        "24 1 254:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+        f"36 24 0:31 / {place} rw,relatime shared:9 - autofs systemd-1 rw,fd=51\n"
+        f"44 36 0:52 /export {place} rw,relatime shared:12 - {kind} host:/export rw,vers=4.2\n"
+    )
+    monkeypatch.setattr("modelcache.mounts.MOUNTINFO", str(listed).lstrip("/"))
+    with pytest.raises(ConfigError, match=rf"network file system \({kind}\).*LocalSource"):
+        DiskTier(tmp_path / "the cache" / "disk")
+    assert list((tmp_path / "the cache" / "disk").iterdir()) == []
+
+
+def test_f028_temporary_files_of_others_lie_elsewhere(tmp_path: Path) -> None:
+    """F028: a download larger than all of TMPDIR works: what is staged lies in the cache's own file system."""
+    script = """
+    source = DictSource()
+    from tests.support.fakes import tar
+    source.artifacts["a"] = tar({"model.txt": b"a", "weights": os.urandom(3_000_000)})
+    with small_cache(Path(sys.argv[1]), source) as cache:
+        assert cache.get("a").name == "a"
+        print(len(os.listdir(os.environ["TMPDIR"])))
+    """
+    with small_disk(tmp_path / "tmp", "size=1m") as small:
+        assert run(script, tmp_path, env={"TMPDIR": str(small), "SQLITE_TMPDIR": str(small)}) == "0\n"
+
+
+def test_f028_models_of_an_image(tmp_path: Path) -> None:
+    """F028: models in a lower layer, whose folders can't be renamed, are served, replaced, evicted and swept."""
+    image = tmp_path / "image"
+    image.mkdir()
+    source = DictSource().add("a", "b", "c", size=20_000)
+    with small_cache(image, source) as cache:
+        assert cache.prefetch(["a", "b", "c"], tier="disk").wait(10)
+    before = sorted(str(path) for path in image.rglob("*"))
+    with layered(image, tmp_path / "container") as folder:
+        with small_cache(folder, source) as cache:
+            assert {row.model for row in cache.models()} == {"a", "b", "c"}
+            assert [cache.get(name).name for name in "abc"] == ["a", "b", "c"]
+            assert sorted(source.opens) == ["a", "b", "c"]
+            for name in "abc":
+                cache.unload(name)
+            assert cache.delete("a") is True
+            assert cache.get("a").name == "a"
+            source.add("b", size=30_000)
+            assert cache.refresh("b")
+            cache.disk.budget = 4096 * 8
+            assert len(cache.models()) < 3
+            assert cache.stats().disk_used == allocated(folder / "disk") <= 4096 * 8
+        with small_cache(folder, source) as cache:
+            assert len(list((folder / "disk" / "tmp").iterdir())) == 1
+            assert cache.stats().disk_used == allocated(folder / "disk")
+    assert sorted(str(path) for path in image.rglob("*")) == before
+
+
+READS = """
+source = DictSource().add("a", "b", "c")
+with small_cache(Path(sys.argv[1]), source, retry_after=0) as cache:
+    assert [cache.get(name).name for name in "ab"] == ["a", "b"]
+    try:
+        cache.get("c")
+    except AccessDenied as error:
+        assert "can only be read" in str(error)
+    source.add("a", size=5000)
+    try:
+        cache.refresh("a")
+    except AccessDenied as error:
+        assert "can only be read" in str(error)
+        print("told", len(source.opens))
+    assert cache.get("a").name == "a"
+"""
+
+
+def test_f029_several_processes_on_a_read_only_mount(tmp_path: Path) -> None:
+    """F029: processes serve hits from a read-only mount; a miss, and a version that can't be brought in, is told."""
+    with small_cache(tmp_path, DictSource().add("a", "b")) as cache:
+        assert cache.prefetch(["a", "b"], tier="disk").wait(10)
+    with read_only(tmp_path / "disk"):
+        assert [run(READS, tmp_path), run(READS, tmp_path)] == ["told 0\n"] * 2
+
+
+SHARES = """
+import tempfile
+folder, umask, group = Path(sys.argv[1]), int(sys.argv[2], 8), sys.argv[3]
+with tempfile.TemporaryDirectory() as other, small_cache(Path(other), DictSource().add("a")) as cache:
+    cache.get("a")  # all imports, as root
+
+def use(uid):
+    os.setgroups([20000]), os.setgid(20000 if group == "main" else uid), os.setuid(uid)
+    os.umask(umask)
+    source = DictSource().add("a", "b", f"own{uid}", size=9000)
+    with small_cache(folder, source, disk={"mode": 0o770}, retry_after=0) as cache:
+        for name in ("a", "b", f"own{uid}"):
+            assert cache.get(name).name == name
+        assert cache.unload("b")
+        assert cache.delete("b") is True
+        assert cache.get("b").name == "b"
+        for row in cache.models():
+            cache.unload(row.model)
+        for row in cache.models():
+            assert cache.delete(row.model) is True, row
+        assert cache.get("a").name == "a"
+        cache.refresh("a")
+        print(len(source.opens), flush=True)
+
+for uid in (10001, 10002, 10001):
+    if not (pid := os.fork()):
+        use(uid)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("umask", ["002", "022", "077"])
+@pytest.mark.parametrize("group", ["main", "further"])
+def test_f030_two_users_in_one_group(tmp_path: Path, umask: str, group: str) -> None:
+    """F030: users of one group share a setgid folder with ``mode=``, whatever their umask and their main group."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be two users")
+    folder = open_path(tmp_path) / "shared"
+    folder.mkdir()
+    os.chown(folder, 0, 20000)
+    folder.chmod(0o2770)
+    counts = run(SHARES, folder, umask, group).split()
+    assert counts == ["5", "4", "4"]  # each but the first finds what the one before has left

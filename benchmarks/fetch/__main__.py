@@ -2,8 +2,8 @@
 
 nginx on loopback serves a file of 1 GiB, a ``model.tar.gz`` of about 512 MiB and 5,000 files of 20 KB. Rows of one
 case run in turns, each in a process of its own. Loopback has no latency, so this measures what a client costs,
-not what a network does. Skips where nginx is not installed, and each peer that is not: ``uv pip install --group
-fetch`` into an environment of its own brings all of them.
+not what a network does. Skips where nginx is not installed, and each peer that is not: ``uv pip install -r
+pyproject.toml --group fetch`` into an environment of its own brings all of them.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 nginx on loopback serves a file of 1 GiB, a ``model.tar.gz`` of about 512 MiB and 5,000 files of 20 KB. Rows of one
 case run in turns, each in a process of its own. Loopback has no latency, so this measures what a client costs,
-not what a network does. Skips where nginx is not installed.
+not what a network does. Skips where nginx is not installed, and each peer that is not: ``uv pip install -r
+pyproject.toml --group fetch`` into an environment of its own brings all of them.
 """
 
 import argparse
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fetch.data import MIB, make
-from benchmarks.fetch.rows import KEYS, ROWS
+from benchmarks.fetch.job import KEYS
+from benchmarks.fetch.rows import ROWS
 from benchmarks.fetch.server import BUCKET, available, serving
+from benchmarks.fetch.targets import ratios, report
 from benchmarks.grid import grid
 from benchmarks.report import machine
 
@@ -55,6 +58,8 @@ def main() -> int:
             for case in chosen.case or list(KEYS):
                 figures = _measure(root, endpoint, case, chosen.row or list(ROWS), chosen.rounds)
                 _print(case, root / "data" / BUCKET / KEYS[case], figures)
+                if share == 1:  # the targets are for these sizes
+                    report(case, figures)
     return 0
 
 
@@ -64,6 +69,7 @@ def _measure(
     """Return the figures of each row; of the first round only what is skipped."""
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     kept: list[Path] = []
+    whole = 0
     for _ in range(rounds):
         for name in names:
             if figures[name] and "skipped" in figures[name][0]:
@@ -79,7 +85,11 @@ def _measure(
                 last = done.stderr.strip().splitlines()[-1:]
                 figures[name] = [{"skipped": f"failed: {' '.join(last)[:150]}"}]
             else:
-                figures[name].append(json.loads(done.stdout.splitlines()[-1]))
+                told = json.loads(done.stdout.splitlines()[-1])
+                figures[name].append(told)
+                if not name.startswith("limit") and "skipped" not in told:
+                    whole = whole or told["bytes"]
+                    assert told["bytes"] == whole, f"{name}: {told['bytes']} of {whole} bytes"
             if case == "folder":
                 kept.append(target.parent)  # ext4 looks at lately deleted inodes at each create
             else:
@@ -101,30 +111,26 @@ def _touch(root: Path) -> None:
 
 def _print(case: str, source: Path, figures: dict[str, list[dict[str, Any]]]) -> None:
     stored = sum(path.stat().st_size for path in ([source] if source.is_file() else source.iterdir()))
-    lines = [["", "s", "(min..max)", "MB/s stored", "CPU s", "peak MiB", "sync s", f"x {_PEER}"]]
+    lines = [["", "s", "(min..max)", "MB/s stored", "CPU s", "peak MiB", "sync s", f"times as fast as {_PEER}"]]
     skipped = []
-    peer = figures.get(_PEER) or [{"skipped": ""}]
     for name, values in figures.items():
         if "skipped" in values[0]:
-            skipped.append(f"{name}: skipped, {values[0]['skipped']}")
+            if values[0]["skipped"]:
+                skipped.append(f"{name}: skipped, {values[0]['skipped']}")
             continue
         seconds = [value["seconds"] for value in values]
         middle = statistics.median(seconds)
-        ratio = "-"
-        if "skipped" not in peer[0]:
-            ratio = (
-                f"{statistics.median(theirs['seconds'] / mine for mine, theirs in zip(seconds, peer, strict=True)):.2f}"
-            )
+        found = ratios(figures, name, _PEER)
         lines.append(
             [
                 name,
                 f"{middle:.2f}",
                 f"{min(seconds):.2f}..{max(seconds):.2f}",
                 f"{stored / middle / 1e6:.0f}",
-                *(f"{statistics.median(value[what] for value in values):.2f}" for what in ("cpu",)),
+                f"{statistics.median(value['cpu'] for value in values):.2f}",
                 f"{statistics.median(value['peak'] for value in values) / MIB:.0f}",
                 f"{statistics.median(value['sync'] for value in values):.2f}",
-                ratio,
+                f"{statistics.median(found):.2f}" if found else "-",
             ]
         )
     grid(f"{_TITLES[case]} ({stored / 1e6:.0f} MB stored); times without the final sync", lines)

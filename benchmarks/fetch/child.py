@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.fetch.rows import ROWS, Job
+from benchmarks.fetch.job import Job, NotThisCase
+from benchmarks.fetch.rows import ROWS
 
 
 def _cpu() -> float:
@@ -41,6 +42,9 @@ def main() -> int:
         run = ROWS[name](job)
     except ImportError as error:
         print(json.dumps({"skipped": str(error)}))
+        return 0
+    except NotThisCase:
+        print(json.dumps({"skipped": ""}))
         return 0
     before_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     Path("/proc/self/clear_refs").write_text("5")

@@ -5,47 +5,21 @@ A row whose library is not installed says so by ImportError. All but the limits 
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import attrs
 
-from benchmarks.fetch.data import ARCHIVE, FILE, FOLDER, MIB
+from benchmarks.fetch.data import MIB
+from benchmarks.fetch.job import Job, NotThisCase
+from benchmarks.fetch.limits import decode_isal, decode_zlib, decode_zlib_ng, raw_sockets, write_alone
 from benchmarks.fetch.server import BUCKET
-
-KEYS = {"file": FILE, "archive": ARCHIVE, "folder": f"{FOLDER}/"}
-_READ = 8 * MIB
-
-
-@attrs.frozen
-class Job:
-    """One thing to fetch.
-
-    Attributes:
-        case: ``"file"``, ``"archive"`` or ``"folder"``.
-        endpoint: where the server is.
-        target: an empty folder.
-        source: the served object or folder on this machine's disk, for the limits.
-    """
-
-    case: str
-    endpoint: str
-    target: Path
-    source: Path
-
-    @property
-    def key(self) -> str:
-        """Key or prefix."""
-        return KEYS[self.case]
 
 
 @attrs.frozen
@@ -74,10 +48,11 @@ def _unpack(job: Job, path: Path) -> None:
         path.unlink()
 
 
-def ours(job: Job) -> Callable[[], None]:
-    """Return what fetches as the cache does, without its final sync."""
+def ours(job: Job, decoder: Any = None) -> Callable[[], None]:
+    """Return what fetches as the cache does, without its final sync; ``decoder``: by this zlib."""
     from botocore.config import Config  # noqa: PLC0415 - the row's own
 
+    from modelcache.archives import codecs  # noqa: PLC0415 - the row's own
     from modelcache.fetch import fetch  # noqa: PLC0415 - the row's own
     from modelcache.sources import S3Source  # noqa: PLC0415 - the row's own
 
@@ -87,21 +62,29 @@ def ours(job: Job) -> Callable[[], None]:
     )
     staged = _Staged(job.target, job.target.parent / "spool")
     source.find("m")  # the other rows have their clients made before, too
+    if decoder is not None:
+        codecs.zlib_module = lambda: decoder
 
     def run() -> None:
-        fetch(source, source.find("m"), staged, grow=lambda _: None, check=lambda: None, mode=0o700)
+        quiet = {"grow": lambda _: None, "check": lambda: None, "count": lambda _: None}
+        fetch(source, source.find("m"), staged, **quiet, mode=0o700)
 
     return run
 
 
-def boto3_download(job: Job, transfer: str = "classic") -> Callable[[], None]:
+def ours_standard(job: Job) -> Callable[[], None]:
+    """Return the same without the extra: gzip decoded by the standard library."""
+    if job.case != "archive":
+        raise NotThisCase
+    return ours(job, zlib)
+
+
+def boto3_download(job: Job) -> Callable[[], None]:
     """Return ``download_file``, then ``tarfile``."""
     from boto3.s3.transfer import TransferConfig  # noqa: PLC0415 - the row's own
 
-    if transfer == "crt":
-        import awscrt  # noqa: F401, PLC0415 - is it there?
     client = _client(job)
-    config = TransferConfig(preferred_transfer_client=transfer)
+    config = TransferConfig(preferred_transfer_client="classic")
 
     def one(key: str) -> None:
         path = job.target / key.rpartition("/")[2]
@@ -120,8 +103,8 @@ def boto3_download(job: Job, transfer: str = "classic") -> Callable[[], None]:
 
 
 def boto3_crt(_job: Job) -> Callable[[], None]:
-    """Return the same with boto3's CRT client, which drops the endpoint and so can't be measured here."""
-    raise ImportError("boto3's CRT path drops endpoint_url and Config, so it can't reach this server")
+    """Return the same with boto3's CRT client, which can't be measured against nginx."""
+    raise ImportError("boto3's CRT path drops the endpoint; given one by hand, awscrt waits for ever at nginx's ETags")
 
 
 def boto3_get(job: Job) -> Callable[[], None]:
@@ -154,21 +137,31 @@ def _listed(client: Any, prefix: str) -> list[str]:
 
 def aws_cp(job: Job) -> Callable[[], None]:
     """Return ``aws s3 cp``, then ``tarfile``."""
-    program = shutil.which("aws", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    more = ["--recursive"] if job.case == "folder" else []
+    return _program(job, "aws", ["s3", "cp", "--quiet", "--endpoint-url", job.endpoint], more)
+
+
+def s5cmd(job: Job) -> Callable[[], None]:
+    """Return ``s5cmd cp``, then ``tarfile``."""
+    return _program(job, "s5cmd", ["--log", "error", "--endpoint-url", job.endpoint, "cp"], [], "*")
+
+
+def _program(job: Job, name: str, before: list[str], after: list[str], every: str = "") -> Callable[[], None]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    program = shutil.which(name, path=path)
     if program is None:
-        raise ImportError("aws is not installed")
+        raise ImportError(f"{name} is not installed")
     environment = os.environ | {
         "AWS_ACCESS_KEY_ID": "dummy",
         "AWS_SECRET_ACCESS_KEY": "dummy",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    target = str(job.target) if job.case == "folder" else str(job.target / job.key)
-    more = ["--recursive"] if job.case == "folder" else []
-    url = f"s3://{BUCKET}/{job.key}"
-    command = [program, "s3", "cp", "--quiet", "--endpoint-url", job.endpoint, url, target, *more]
+    folder = job.case == "folder"
+    target = f"{job.target}/" if folder else str(job.target / job.key)
+    url = f"s3://{BUCKET}/{job.key}{every if folder else ''}"
 
     def run() -> None:
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run([program, *before, url, target, *after], check=True, env=environment)
         _unpack(job, job.target / job.key)
 
     return run
@@ -229,97 +222,19 @@ def s3fs(job: Job) -> Callable[[], None]:
     return run
 
 
-def raw_sockets(job: Job) -> Callable[[], None]:
-    """Return the limit of the network path: four sockets, ``recv_into`` and ``pwrite``, nothing checked."""
-    if job.case != "file":
-        raise ImportError("only for one file")
-    size = job.source.stat().st_size
-    url = urlsplit(job.endpoint)
-
-    def part(descriptor: int, start: int, end: int) -> None:
-        with socket.create_connection((url.hostname, url.port)) as link:
-            text = f"GET /{BUCKET}/{job.key} HTTP/1.1\r\nHost: x\r\nRange: bytes={start}-{end - 1}\r\n\r\n"
-            link.sendall(text.encode())
-            buffer = bytearray(256 * 1024)
-            view = memoryview(buffer)
-            got = link.recv_into(view)
-            at = start
-            begin = buffer.index(b"\r\n\r\n") + 4
-            while True:
-                os.pwrite(descriptor, view[begin:got], at)
-                at += got - begin
-                if at >= end:
-                    return
-                begin, got = 0, link.recv_into(view)
-
-    def run() -> None:
-        descriptor = os.open(job.target / job.key, os.O_WRONLY | os.O_CREAT)
-        step = -(-size // 4)
-        bounds = [(start, min(start + step, size)) for start in range(0, size, step)]
-        threads = [threading.Thread(target=part, args=(descriptor, *bound)) for bound in bounds]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        os.close(descriptor)
-
-    return run
-
-
-def decode_zlib(job: Job) -> Callable[[], None]:
-    """Return the limit of unpacking with the standard library: gzip decoded from memory, kept nowhere."""
-    return _decode_alone(job, zlib.decompressobj)
-
-
-def decode_isal(job: Job) -> Callable[[], None]:
-    """Return the same with isal."""
-    from isal import isal_zlib  # noqa: PLC0415 - the row's own
-
-    return _decode_alone(job, isal_zlib.decompressobj)
-
-
-def _decode_alone(job: Job, make: Callable[[int], Any]) -> Callable[[], None]:
-    if job.case != "archive":
-        raise ImportError("only for the archive")
-
-    def run() -> None:
-        decoder = make(31)
-        with job.source.open("rb", buffering=0) as stored:
-            data = stored.read(256 * 1024)
-            while data:
-                decoder.decompress(data, MIB)
-                data = decoder.unconsumed_tail or stored.read(256 * 1024)
-
-    return run
-
-
-def write_alone(job: Job) -> Callable[[], None]:
-    """Return the limit of the disk: the same bytes from memory, to as many files."""
-    files = [job.source] if job.case != "folder" else sorted(job.source.iterdir())
-    if job.case == "archive":
-        raise ImportError("the decoder is the limit there")
-    blocks = [path.read_bytes() for path in files[:1]]
-
-    def run() -> None:
-        for path in files:
-            with (job.target / path.name).open("wb", buffering=0) as out:
-                view = memoryview(blocks[0])
-                while view:
-                    view = view[out.write(view[: 4 * MIB]) :]
-
-    return run
-
-
 ROWS: dict[str, Callable[[Job], Callable[[], None]]] = {
     "modelcache": ours,
+    "modelcache, standard zlib": ours_standard,
     "boto3 download_file": boto3_download,
     "boto3 get_object": boto3_get,
     "boto3 with CRT": boto3_crt,
     "aws s3 cp": aws_cp,
+    "s5cmd": s5cmd,
     "obstore": obstore,
     "s3fs": s3fs,
     "limit: raw sockets": raw_sockets,
     "limit: zlib alone": decode_zlib,
+    "limit: zlib-ng alone": decode_zlib_ng,
     "limit: isal alone": decode_isal,
     "limit: write alone": write_alone,
 }

@@ -9,7 +9,7 @@ import binascii
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import attrs
@@ -23,6 +23,7 @@ _DIGEST_BYTES = {
     "SHA256": 32,
     "SHA512": 64,
 }
+_TOLD_AS = {f"Checksum{name}": (name.lower(), size) for name, size in _DIGEST_BYTES.items()}
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?', re.ASCII)
 _COMPOSITE = re.compile(r'"?([0-9a-f]{32}-[0-9]{1,5})"?', re.ASCII)
 _NOT_TOLD = re.compile(r"Checksum(?!Type$)[A-Z0-9]+")
@@ -138,10 +139,10 @@ def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
     found: dict[str, str] = {}
     of_parts = "-" in str(answer.get("ETag", ""))
     composite = answer.get("ChecksumType", "COMPOSITE" if of_parts else "FULL_OBJECT") != "FULL_OBJECT"
-    for algorithm, size in _DIGEST_BYTES.items():
-        value = answer.get(f"Checksum{algorithm}")
+    told = [(*_TOLD_AS[name], value) for name, value in answer.items() if name in _TOLD_AS]
+    for algorithm, size, value in told:
         if isinstance(value, str) and not composite and (digest := _to_hex(value, size)):
-            found[algorithm.lower()] = digest
+            found[algorithm] = digest
     if computable(found):
         return Known(found, None)
     etag = _MD5.fullmatch(str(answer.get("ETag", "")))
@@ -149,7 +150,7 @@ def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
     if etag and not encrypted and not directory_bucket:
         return Known({**found, "md5": etag[1]}, None)
     parts = None if encrypted or directory_bucket else _COMPOSITE.fullmatch(str(answer.get("ETag", "")))
-    mixed = _composite(answer) or (("md5", parts[1]) if parts else None)
+    mixed = _composite(told) or (("md5", parts[1]) if parts else None)
     if found:
         return Known(found, f"{', '.join(found).upper()} needs the extra modelcache[crt]", mixed)
     if any(_NOT_TOLD.fullmatch(name) for name in answer):
@@ -158,13 +159,13 @@ def told_by(answer: Mapping[str, Any], *, directory_bucket: bool) -> Known:
     return Known(found, "the store tells no checksum of it", mixed)
 
 
-def _composite(answer: Mapping[str, Any]) -> tuple[str, str] | None:
+def _composite(told: Sequence[tuple[str, int, object]]) -> tuple[str, str] | None:
     """Return a composite checksum that can be computed here: algorithm, hex digest and number of parts."""
-    for algorithm, size in _DIGEST_BYTES.items():
-        value, dash, count = str(answer.get(f"Checksum{algorithm}", "")).rpartition("-")
+    for algorithm, size, whole in told:
+        value, dash, count = str(whole).rpartition("-")
         digest = _to_hex(value, size) if dash and count.isdecimal() else None
-        if digest and _digest(algorithm.lower()):
-            return algorithm.lower(), f"{digest}-{count}"
+        if digest and _digest(algorithm):
+            return algorithm, f"{digest}-{count}"
     return None
 
 

@@ -198,7 +198,7 @@ class Piece:
 
     def _request(self) -> None:
         """Ask for what is missing, and read it as far as it comes."""
-        span = attrs.evolve(self._span, start=self._offset)
+        span = Span(self._offset, self._span.end, self._span.size)
         with self._requests.means().connection(self._grip):
             answer = self._requests.get(self._file, span, self._grip)
             try:

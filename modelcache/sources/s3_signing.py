@@ -7,19 +7,19 @@ user's, there is no pattern, and the client itself sends all requests (``s3_get`
 """
 
 import io
-import re
 import ssl
 import threading
-import time
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from modelcache.sources.s3_sigv4 import ALGORITHM, signature, signing_key
 from modelcache.sources.s3_wire import Host
+
+if TYPE_CHECKING:
+    from modelcache.sources.s3_signer import Signer
 
 _SAFE = "/~"  # what botocore leaves as it is in a key
 _STAGES = (
@@ -52,7 +52,6 @@ _EACH_ANEW = frozenset(
 )
 _READ = ("_verify", "_cert_file", "_key_file")  # of the client's HTTP session
 _SIGNED = "AWS4-HMAC-SHA256 Credential="
-_AUTHORIZATION = r"AWS4-HMAC-SHA256 Credential=[^/]+/([^,]+), SignedHeaders=([^,]+), Signature=([0-9a-f]{64})"
 _SCOPE = 5  # parts of a credential's scope: key, date, region, service, aws4_request
 
 
@@ -64,19 +63,13 @@ class Pattern:
         base: scheme and host.
         path: path above the key, ending in ``/``, quoted.
         headers: those that all of them have.
-        credentials: botocore's, refreshed by itself; None: anonymous.
-        service, region: that the signature is for.
-        content: digest of the (empty) body, as the client tells it; empty where only botocore signs as botocore does.
+        signer: signs them; None: anonymous.
     """
 
     base: str
     path: str
     headers: dict[str, str]
-    credentials: Any
-    service: str
-    region: str
-    content: str = ""
-    _keys: dict[tuple[str, str], bytes] = attrs.field(factory=dict, repr=False)  # of one day: secret and scope to key
+    signer: "Signer | None"
 
     def request(self, key: str, pin: str | None, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """Return target and headers of a GET, signed; ``pin`` is a VersionId.
@@ -90,34 +83,11 @@ class Pattern:
 
     def _sign(self, target: str, headers: dict[str, str]) -> dict[str, str]:
         host = self.base.partition("://")[2]
-        if self.credentials is None:
+        if self.signer is None:
             return {"Host": host, **headers}
-        frozen = self.credentials.get_frozen_credentials()
         # The others, such as User-Agent and If-Match, need no signature.
         amz = {name: value for name, value in headers.items() if name.startswith("x-amz-")}
-        if self.content:
-            return {"Host": host, **headers, **self._own_signature(frozen, target, {"host": host, **amz})}
-        from botocore.auth import S3SigV4Auth  # noqa: PLC0415 - late: slow to import
-        from botocore.awsrequest import AWSRequest  # noqa: PLC0415 - the same
-
-        request = AWSRequest("GET", self.base + target, headers=amz)
-        S3SigV4Auth(frozen, self.service, self.region).add_auth(request)
-        return {"Host": host, **headers, **dict(request.headers.raw_items())}
-
-    def _own_signature(self, frozen: Any, target: str, headers: dict[str, str]) -> dict[str, str]:
-        """Return the headers that sign a request with these."""
-        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        scope = f"{moment[:8]}/{self.region}/{self.service}/aws4_request"
-        key = self._keys.get((frozen.secret_key, scope))
-        if key is None:
-            self._keys.clear()
-            key = self._keys[frozen.secret_key, scope] = signing_key(frozen.secret_key, scope)
-        added = {"x-amz-content-sha256": self.content, "x-amz-date": moment}
-        if frozen.token:
-            added["x-amz-security-token"] = frozen.token
-        signed, value = signature(key, scope, target, {**headers, **added})
-        whole = f"{ALGORITHM} Credential={frozen.access_key}/{scope}, SignedHeaders={signed}, Signature={value}"
-        return {**added, "authorization": whole}
+        return {**self.signer.sign(self.base + target, {"Host": host, **amz}), **headers}
 
 
 def pattern_of(client: Any, arguments: Mapping[str, Any]) -> Pattern | None:
@@ -142,37 +112,28 @@ def pattern_of(client: Any, arguments: Mapping[str, Any]) -> Pattern | None:
     key = urllib.parse.quote(arguments["Key"], safe=_SAFE)
     if url.query or not url.path.endswith(f"/{key}") or _has_proxy(client, request.url):
         return None
-    service = region = ""
-    credentials = None
+    signer = None
     if "authorization" in headers:
-        signed = headers["authorization"].removeprefix(_SIGNED)
-        scope = signed.partition(",")[0].split("/")
-        credentials = _credentials(client)
-        if signed == headers["authorization"] or len(scope) != _SCOPE or credentials is None:
-            return None  # another kind of signature
-        access_key, _, region, service, _ = scope
-        if access_key != credentials.get_frozen_credentials().access_key:
-            return None  # of a session of its own, as in directory buckets
-    content = _content(headers, request.url, credentials) if credentials is not None else ""
+        signer = _signer(client, headers["authorization"])
+        if signer is None:
+            return None
     kept = {name: value for name, value in headers.items() if name not in _EACH_ANEW}
     base = f"{url.scheme}://{_netloc(url)}"
-    return Pattern(base, url.path.removesuffix(key), kept, credentials, service, region, content)
+    return Pattern(base, url.path.removesuffix(key), kept, signer)
 
 
-def _content(headers: Mapping[str, str], url: str, credentials: Any) -> str:
-    """Return the digest of the body that was signed, where our own signature of this request is that of botocore."""
-    told = re.fullmatch(_AUTHORIZATION, headers["authorization"])
-    split = urllib.parse.urlsplit(url)
-    given = {"host": _netloc(split), **headers}
-    if told is None or not {*told[2].split(";"), "x-amz-content-sha256", "x-amz-date"} <= given.keys():
-        return ""
-    key = signing_key(credentials.get_frozen_credentials().secret_key, told[1])
-    signed = {name: given[name] for name in told[2].split(";")}
-    try:
-        same = signature(key, told[1], split.path, signed) == (told[2], told[3])
-    except KeyError:  # it does not sign what this one has to
-        return ""
-    return headers["x-amz-content-sha256"] if same else ""
+def _signer(client: Any, authorization: str) -> "Signer | None":
+    """Return what signs as this header was signed; None where that is another kind of signature."""
+    from modelcache.sources.s3_signer import Signer  # noqa: PLC0415 - late: botocore is slow to import
+
+    scope = authorization.removeprefix(_SIGNED).partition(",")[0].split("/")
+    credentials = getattr(getattr(client, "_request_signer", None), "_credentials", None)
+    if not authorization.startswith(_SIGNED) or len(scope) != _SCOPE or credentials is None:
+        return None
+    access_key, _, region, service, _ = scope
+    if access_key != credentials.get_frozen_credentials().access_key:
+        return None  # of a session of its own, as in directory buckets
+    return Signer(credentials, service, region)
 
 
 def host_of(client: Any, pattern: Pattern, most: int) -> Host:
@@ -249,10 +210,6 @@ def _taken(client: Any, arguments: Mapping[str, Any]) -> Any:
     finally:
         events.unregister("before-send.s3.GetObject", take, unique_id="modelcache")
     return taken[0] if taken else None
-
-
-def _credentials(client: Any) -> Any:
-    return getattr(getattr(client, "_request_signer", None), "_credentials", None)
 
 
 def _has_proxy(client: Any, url: str) -> bool:

@@ -3,9 +3,8 @@
     python -m benchmarks.two_tiers [--traces FOLDER] [--only twin] [--memory 0.1] [--disk 0.3] [--jobs 2]
 
 What decides is the seconds of all loads and fetches that somebody waited for, first ones included. ``A over B``: A is
-the policy of the memory, B that of the disk, both as the library has them. ``GDSF`` is a plain reference; ``sampled``
-scores a sample at each eviction, as ``worth`` does above 10,000 models; ``hears hits`` tells the disk of all requests,
-which the library does not, to show what that would cost.
+the policy of the memory, B that of the disk, both as the library has them. ``GDSF`` is a plain reference;
+``hears hits`` tells the disk of all requests, which the library does not, to show what that would cost.
 
 Two tables a trace: in the first an artifact may leave the disk before its model leaves memory, as in the independent
 program whose figures are to be reached; in the second models in memory keep their artifacts, as in the library. The
@@ -15,7 +14,6 @@ About five minutes of processor time for the three traces that are here, most of
 """
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -28,15 +26,15 @@ from benchmarks.simulator import expected, peers, traces
 from benchmarks.simulator.report import print_checks
 from benchmarks.simulator.tiers import Tier
 from benchmarks.simulator.two import Waits, replay_two
-from modelcache.policies import Policy, Worth, make_policy
+from modelcache.policies import Policy, make_policy
 
-OTHERS: dict[str, Callable[[], Policy]] = {"GDSF": peers.Gdsf, "worth sampled": functools.partial(Worth, full_scan=0)}
+OTHERS: dict[str, Callable[[], Policy]] = {"GDSF": peers.Gdsf}
 HEARS_HITS = "worth, hears hits"
 BASE, BEST = ("lru", "lru"), ("worth", "worth")
 ROWS = (
     BASE,
     ("lru", "worth"),
-    *(("worth", disk) for disk in ("lru", "lfu", "fifo", "GDSF", "worth", "worth sampled", HEARS_HITS)),
+    *(("worth", disk) for disk in ("lru", "lfu", "fifo", "GDSF", "worth", HEARS_HITS)),
 )
 Pair = tuple[str, str]
 

@@ -17,7 +17,7 @@ from modelcache.disk.ledger import patience
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
 from modelcache.disk.reserving import DiskRoom
-from modelcache.disk.sweeping import sweep
+from modelcache.disk.sweeping import reconcile, sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import ArtifactCorrupt, ModelCacheError
 from modelcache.events import Failed, Reason
@@ -60,6 +60,8 @@ class Shelf:
         self._closed = False
         self.index = index
         agreed.look()
+        if reconcile(store, index.items):
+            agreed.look()
         if store.writable:
             with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
                 agreed.change(agreed.learn, patience())

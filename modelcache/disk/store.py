@@ -19,8 +19,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-
-import attrs
+from typing import NamedTuple
 
 from modelcache.disk import figures
 from modelcache.disk.book import Book, State
@@ -48,9 +47,8 @@ _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-@attrs.frozen
-class Published:
-    """One published folder, as found.
+class Published(NamedTuple):
+    """One published folder, as found; a tuple, since there may be very many.
 
     Attributes:
         name: of the folder.
@@ -163,12 +161,12 @@ class Store:
             OSError: the disk is full, or broken.
         """
         path = staged / RECORD
-        path.write_text(attrs.evolve(record, digest="0" * 64).to_json())
+        path.write_text(record._replace(digest="0" * 64).to_json())
         path.chmod(self.mode & 0o666)
         figures.reserve(staged, self.mode)
-        record = attrs.evolve(record, digest=digest_of(staged / ARTIFACT))
+        record = record._replace(digest=digest_of(staged / ARTIFACT))
         sync_tree(staged)
-        record = attrs.evolve(record, bytes=allocated(staged))
+        record = record._replace(bytes=allocated(staged))
         with path.open("r+") as file:  # of the same length
             file.write(record.to_json())
         sync(path)
@@ -188,13 +186,13 @@ class Store:
         with contextlib.suppress(OSError):
             (self._models / name).rename(staged)
 
-    def names(self) -> set[str] | None:
-        """Return the names of all published folders; what others put beside them is not looked at.
+    def listed(self) -> set[str] | None:
+        """Return what there is among the published folders, with what others put beside them.
 
         None where the system can't say now (no descriptor left, an I/O error).
         """
         try:
-            return {name for name in os.listdir(self._models) if is_published(name)}  # noqa: PTH208 - no Paths
+            return set(os.listdir(self._models))  # noqa: PTH208 - no Paths
         except FileNotFoundError:
             return set()
         except OSError:
@@ -210,18 +208,22 @@ class Store:
         Raises:
             OSError: this process has no descriptor or memory left to look.
         """
+        found = self._read_record(name)
+        if found is None:
+            return None
+        single = found.record.single
+        artifact = f"{self._models}/{name}/{ARTIFACT}" + (f"/{single}" if single is not None else "")
+        return found if os.path.lexists(artifact) else None
+
+    def _read_record(self, name: str) -> Published | None:
         folder = f"{self._models}/{name}"  # there may be very many: a Path would take longer than the system does
         try:
             status = os.lstat(folder)
             record = Record.from_json(read_text(f"{folder}/{RECORD}"))
-            if record is None or not stat.S_ISDIR(status.st_mode):
-                return None
-            if not os.path.lexists(f"{folder}/{ARTIFACT}" + (f"/{record.single}" if record.single is not None else "")):
-                return None
-            return Published(name, record, status.st_mtime)
         except (OSError, UnicodeDecodeError) as error:
             _raise_short(error)
             return None
+        return Published(name, record, status.st_mtime) if record is not None and stat.S_ISDIR(status.st_mode) else None
 
     def intact(self, record: Record, name: str) -> bool:
         """Whether a published artifact is to the byte what was unpacked; one without a digest is taken to be.
@@ -236,9 +238,10 @@ class Store:
             return False
 
     def _fill(self, book: Book) -> None:
-        """Write what lies in the folders into a new ledger."""
-        found = (self.read(name) for name in sorted(self.names() or ()))  # so the tables grow at their end
-        book.add(((at.name, at.record, at.used) for at in found if at is not None), State.PRESENT, None)
+        """Write what lies in the folders into a new ledger; that an artifact is missing is noticed at its first use."""
+        names = sorted(filter(is_published, self.listed() or ()))  # so the tables grow at their end
+        found = (self._read_record(name) for name in names)
+        book.add((at for at in found if at is not None), State.PRESENT, None)
 
     def exists(self, name: str) -> bool:
         """Whether there is anything of that name among the published folders."""

@@ -6,26 +6,35 @@ Folders of live processes are left alone: each has its own temporary folder lock
 import contextlib
 import functools
 import logging
+from collections.abc import Mapping
 
 from modelcache.disk.book import Book, State
+from modelcache.disk.items import Item
+from modelcache.disk.layout import is_published
 from modelcache.disk.ledger import patience
 from modelcache.disk.store import Published, Store
 
 _log = logging.getLogger("modelcache")
 
 
-def reconcile(store: Store) -> None:
+def reconcile(store: Store, known: Mapping[str, Item]) -> bool:
     """Take in folders that the ledger does not know, and drop what it knows and is not there.
+
+    Args:
+        store: the folder.
+        known: what the ledger said just now.
+
+    Returns:
+        Whether there was anything to correct.
 
     Raises:
         OSError: the disk is full, or broken.
     """
-    listed = store.names()
+    listed = store.listed()
     if listed is None:
-        return
-    known = store.ledger.look(Book.names)
-    found = {name: store.read(name) for name in listed - known.keys()}
-    lost = [name for name in known.keys() - listed if known[name] in {State.PRESENT, State.DOOMED}]
+        return False
+    found = {name: store.read(name) for name in listed - known.keys() if is_published(name)}
+    lost = [name for name in known.keys() - listed if known[name].state in {State.PRESENT, State.DOOMED}]
     lost = [name for name in lost if not store.exists(name)]
     fresh = [at for at in found.values() if at is not None]
     if fresh or lost:
@@ -34,6 +43,7 @@ def reconcile(store: Store) -> None:
     for name, at in found.items():
         if at is None and store.exists(name):
             _clear(store, name)
+    return bool(fresh or lost)
 
 
 def _correct(book: Book, fresh: list[Published], lost: list[str]) -> None:

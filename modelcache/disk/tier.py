@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modelcache.disk.store import Store
-from modelcache.disk.sweeping import reconcile, sweep
+from modelcache.disk.sweeping import sweep
 from modelcache.errors import ConfigError
 from modelcache.policies import Policy, make_policy
 from modelcache.units import Percent, Size, parse_size
@@ -78,7 +78,6 @@ class DiskTier:
     def _open(self, path: Path) -> Store:
         self._store = Store(path, self._mode)
         sweep(self._store)
-        reconcile(self._store)
         self._store.ledger.close()  # until it has a cache, nobody closes it before a fork
         return self._store
 

@@ -83,6 +83,11 @@ class Cooling:
         self.lives[model] = life
         self._loose[model] = None
 
+    def fill(self, lives: Mapping[str, Life]) -> None:
+        """Take in many."""
+        self.lives.update(lives)
+        self._loose.update(dict.fromkeys(lives))
+
     def drop(self, model: str) -> None:
         """Let go of a model; unknown ids are ignored."""
         life = self.lives.pop(model, None)

@@ -24,6 +24,10 @@ STRANGERS = 10_000
 _PRICES = 255  # the last prices, of which the median stands in for an unknown one; few, as it is found each time
 
 
+Restored = tuple[str, int, float, float, float, float]
+"""See :meth:`Worth.restore`."""
+
+
 class Worth:
     """Evicts the model that saves the fewest seconds for each byte it takes and each request to the cache.
 
@@ -70,20 +74,36 @@ class Worth:
 
     def admitted(self, resident: Resident) -> None:
         """Note bytes and cost. A model that nobody has asked for (prefetched) stands as if asked for once, just now."""
-        self.admit_all((resident,))
+        model = resident.model
+        life = self._resident(model) or self._gone.pop(model, None) or self._strangers.pop(model, None)
+        life = life or Life(0, self._clock, self._clock)
+        life.price = self._price(resident.bytes, resident.cost)
+        into, other = (self._priced, self._unpriced) if life.price else (self._unpriced, self._priced)
+        other.drop(model)
+        into.put(model, life)
 
-    def admit_all(self, residents: Iterable[Resident]) -> None:
-        """Note bytes and cost of many; as :meth:`admitted` for each, but fast."""
-        for resident in residents:
-            model = resident.model
-            life = self._resident(model)
-            if life is None:
-                life = self._gone.pop(model, None) or self._strangers.pop(model, None)
-                life = life or Life(0, self._clock, self._clock)
-            life.price = self._price(resident)
-            into, other = (self._priced, self._unpriced) if life.price else (self._unpriced, self._priced)
-            other.drop(model)
-            into.put(model, life)
+    def restore(self, found: Iterable[Restored], clock: int = 0) -> None:
+        """Take in models that are in the tier at its start: as :meth:`admitted` and :meth:`recall` for each, but fast.
+
+        Args:
+            found: of each its id, bytes, cost, requests, and the numbers of the requests that were its first and last.
+            clock: of these numbers.
+        """
+        self._clock = max(self._clock, clock)
+        ago, known = self._clock - clock, (self._priced.lives, self._unpriced.lives, self._gone, self._strangers)
+        priced, unpriced = dict[str, Life](), dict[str, Life]()
+        seen = any(known)
+        for model, size, cost, n, first, last in found:
+            if not (0 < n <= HALVED_ABOVE and -math.inf < first <= last <= clock) or (
+                seen and any(model in kind for kind in known)
+            ):
+                self.admitted(Resident(model, size, cost))
+                self.recall_all([(model, n, first, last)], clock)
+                continue
+            price = self._price(size, cost)
+            (priced if price else unpriced)[model] = Life(n, first + ago, last + ago, price)
+        self._priced.fill(priced)
+        self._unpriced.fill(unpriced)
 
     def removed(self, model: str) -> None:
         """Note that a model left; its history stays."""
@@ -158,10 +178,10 @@ class Worth:
         _keep(self._strangers, model, history, STRANGERS)
         return history
 
-    def _price(self, resident: Resident) -> float:
-        if not (math.isfinite(resident.cost) and resident.cost > 0):
+    def _price(self, size: int, cost: float) -> float:
+        if not 0 < cost < math.inf:  # also where it is not a number
             return 0.0
-        price = resident.cost / max(resident.bytes, 1)
+        price = cost / max(size, 1)
         self._prices.append(price)
         return price * price
 

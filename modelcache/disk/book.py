@@ -26,9 +26,7 @@ INSERT INTO requests VALUES (:source, :model, 1, :clock, :clock, :seq) ON CONFLI
     last = :clock, seq = :seq
 """
 _FORGET = """
-DELETE FROM requests WHERE source = :source AND seq <= (
-    SELECT seq FROM requests WHERE source = :source ORDER BY seq DESC LIMIT 1 OFFSET :kept
-)
+DELETE FROM requests WHERE seq <= (SELECT seq FROM requests ORDER BY seq DESC LIMIT 1 OFFSET :kept)
 """
 _SELDOM = 256  # changes between two looks at how many models are remembered
 _KEPT = 4096  # changes for which it is remembered what has gone
@@ -50,7 +48,7 @@ CREATE TABLE holds(
 CREATE TABLE requests(
     source TEXT, model TEXT, n REAL, first REAL, last REAL, seq INTEGER, PRIMARY KEY (source, model)
 ) WITHOUT ROWID;
-CREATE INDEX asked ON requests(source, seq);
+CREATE INDEX asked ON requests(seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
 PRAGMA user_version = {version};
 """
@@ -220,11 +218,15 @@ class Book:
             self._sql(_ASK, {"source": source, "model": model, "clock": clock, "seq": seq, "most": HALVED_ABOVE})
         self._sql("UPDATE meta SET value = ? WHERE key = 'clock'", (clock,))
         if seq % _SELDOM == 0:
-            self._sql(_FORGET, {"source": source, "kept": REMEMBERED})
+            self._sql(_FORGET, {"kept": REMEMBERED})
 
     def asked(self, source: str, since: int) -> tuple[int, list[Asked]]:
-        """Return how many requests there were, and the models of a source that were asked for since a change."""
-        query = "SELECT model, n, first, last FROM requests WHERE source = ? AND seq > ? ORDER BY last"
+        """Return how many requests there were, and the models that were asked for since a change.
+
+        Models of any but the given source are named as ``named`` does.
+        """
+        name = "CASE source WHEN ? THEN model ELSE source || char(10) || model END"
+        query = f"SELECT {name}, n, first, last FROM requests WHERE seq > ? ORDER BY last"  # noqa: S608 - no input
         return int(self._meta("clock")), [*map(Asked._make, self._sql(query, (source, since)))]
 
     def holds(self) -> list[Hold]:
@@ -271,6 +273,11 @@ class Book:
         """Forget a process that is dead, and all that was set aside for it."""
         self._sql("DELETE FROM holds WHERE owner = ?", (owner,))
         self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+
+
+def named(source: str, model: str, mine: str) -> str:
+    """Return what a policy calls a model: its id where it is of our source; no id has a line break."""
+    return model if source == mine else f"{source}\n{model}"
 
 
 def create(connection: sqlite3.Connection) -> None:

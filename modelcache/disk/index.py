@@ -5,15 +5,16 @@ moment they are reserved until their files are gone. What other processes have d
 """
 
 import time
+from collections import ChainMap
 from collections.abc import Collection, Iterable
 from operator import attrgetter, itemgetter
 from pathlib import Path  # noqa: TC003 - as elsewhere
 
-from modelcache.disk.book import STATES, Asked, Row, State
+from modelcache.disk.book import STATES, Asked, Row, State, named
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
 from modelcache.disk.layout import Record
 from modelcache.events import Reason
-from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
+from modelcache.policies import Allowed, Policy, Resident, Restored, Worth, recall_order
 
 _FETCHED = 1 + Record._fields.index("fetched")  # in a row
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
@@ -23,7 +24,7 @@ class Index:
     """All published folders and stagings of one disk tier, as this process knows them.
 
     Args:
-        source: URL of the cache's source; folders of other sources count, but are nobody's model here.
+        source: URL of the cache's source; folders of other sources are no models here, but give way by the same order.
         policy: who goes first.
 
     Attributes:
@@ -43,7 +44,8 @@ class Index:
         self.debris: dict[Path, str] = {}
         self.others = Others()
         self._bytes = 0  # of all items
-        self._strangers: dict[str, Item] = {}  # what is no model's present artifact
+        self._others: dict[str, Item] = {}  # as ``models``, of other sources, by what the policy calls them
+        self._old: dict[str, Item] = {}  # what is no model's present artifact: few
         self._going: dict[str, Item] = {}
         self._coming: dict[str, Item] = {}
         self._pinned: set[Item] = set()
@@ -91,9 +93,9 @@ class Index:
                 if item is not None:
                     self.forget(item)
             elif item is not None:
-                if by != me and item is self.models.get(item.model) and not isinstance(self._policy, Worth):
+                if by != me and not isinstance(self._policy, Worth) and self._serves(item):
                     for _ in range(min(uses - item.uses, _TOLD)):
-                        self.requested(item.model)
+                        self.requested(self._named(item))
                 item.used, item.uses = max(item.used, used), uses
                 self.become(item, STATES[state])
             else:
@@ -118,7 +120,15 @@ class Index:
                     self.models[model] = item
                 else:
                     self._place(item)
-        return [item for item in new if self.models.get(item.model) is item]
+        return [item for item in new if self._serves(item)]
+
+    def _named(self, item: Item) -> str:
+        """Return what the policy calls the model of an item."""
+        return item.model if item.source == self._source else named(item.source, item.model, self._source)
+
+    def _serves(self, item: Item) -> bool:
+        """Whether an item is what is served for its model, here or by caches of its source."""
+        return (self.models if item.source == self._source else self._others).get(self._named(item)) is item
 
     def _admit(self, new: list[Item], clock: int, asked: list[Asked]) -> None:
         """Tell the policy of what is served, and of requests by any process.
@@ -128,25 +138,26 @@ class Index:
         before, self._clock = self._clock, max(self._clock, clock)
         if not isinstance(self._policy, Worth):  # which know nothing of models that are not here
             for item in new:
-                self._policy.admitted(Resident(item.model, item.bytes, item.fetch_seconds))
-            recall_order(self._policy, [item.model for item in sorted(new, key=attrgetter("used"))])
+                self._policy.admitted(self._resident(item))
+            recall_order(self._policy, [self._named(item) for item in sorted(new, key=attrgetter("used"))])
             return
-        known = {each.model: each for each in asked}
-        unknown = sorted((item for item in new if item.model not in known), key=attrgetter("used"))
-        first = before + 1 - len(unknown)
+        known, unknown, recalled = {each.model: each for each in asked}, list[Item](), list[Restored]()
+        for item in new:
+            name = self._named(item)
+            if (one := known.pop(name, None)) is None:
+                unknown.append(item)
+            else:
+                recalled.append((name, item.bytes, item.fetch_seconds, one.n, one.first, one.last))
+        unknown.sort(key=attrgetter("used"))
+        ranked = enumerate(unknown, before + 1 - len(unknown))
         self._policy.restore(
-            ((item.model, item.bytes, item.fetch_seconds, 1, at, at) for at, item in enumerate(unknown, first)),
-            self._clock,
+            [(self._named(item), item.bytes, item.fetch_seconds, 1, at, at) for at, item in ranked], self._clock
         )
-        self._policy.restore(
-            (
-                (item.model, item.bytes, item.fetch_seconds, *one[1:])
-                for item in new
-                if (one := known.pop(item.model, None)) is not None
-            ),
-            self._clock,
-        )
+        self._policy.restore(recalled, self._clock)
         self._policy.recall_all(known.values(), self._clock)
+
+    def _resident(self, item: Item) -> Resident:
+        return Resident(self._named(item), item.bytes, item.fetch_seconds)
 
     def doubt(self) -> None:
         """Have all be learned anew: something was learned that did not come about."""
@@ -160,31 +171,32 @@ class Index:
 
     def _place(self, item: Item) -> None:
         """Put an item where its state says that it belongs."""
-        state = item.state
-        present = self.models.get(item.model)
-        for kind in (self._going, self._coming, self._strangers):
+        state, name = item.state, self._named(item)
+        served = self.models if item.source == self._source else self._others
+        present = served.get(name)
+        for kind in (self._going, self._coming, self._old):
             if kind:
                 kind.pop(item.name, None)
         if state is State.LEAVING:
             self._going[item.name] = item
         elif state is State.ARRIVING:
             self._coming[item.name] = item
-        serves = state is State.PRESENT and item.source == self._source
+        serves = state is State.PRESENT
         if serves and present is not item and (present is None or present.fetched <= item.fetched):
             if present is not None:
-                self._strangers[present.name] = present
-            self.models[item.model] = present = item
-            self._policy.admitted(Resident(item.model, item.bytes, item.fetch_seconds))
+                self._old[present.name] = present
+            served[name] = present = item
+            self._policy.admitted(self._resident(item))
         elif not serves and present is item:
-            del self.models[item.model]
-            self._policy.removed(item.model)
+            del served[name]
+            self._policy.removed(name)
         if state is State.DOOMED or (state is State.PRESENT and present is not item):
-            self._strangers[item.name] = item
+            self._old[item.name] = item
 
     def of(self, model: str) -> list[Item]:
         """Return all versions of a model of this source; whatever is not served is in one of few, short lists."""
         present = self.models.get(model)
-        others = [at for kind in (self._going, self._coming, self._strangers) for at in kind.values()]
+        others = [at for kind in (self._going, self._coming, self._old) for at in kind.values()]
         found = [at for at in others if at.model == model and at.source == self._source]
         return found if present is None else [present, *found]
 
@@ -246,16 +258,18 @@ class Index:
         chosen: list[Item] = []
         if missing <= 0:
             return chosen
-        for item in sorted(filter(_idle, self._strangers.values()), key=lambda item: item.used):
+        for item in sorted(filter(_idle, self._old.values()), key=attrgetter("used")):
             if missing <= 0:
                 return chosen
             missing -= item.bytes
             chosen.append(item)
-        if missing > 0 and self.models:
-            may = lambda item: _idle(item) and item.model not in spared  # noqa: E731 - of this line
-            for model in self._policy.victims(missing, Allowed(self.models, may)):
-                missing -= self.models[model].bytes
-                chosen.append(self.models[model])
+        if missing > 0:
+            served = ChainMap(self.models, self._others) if self._others else self.models
+            mine = self._source
+            may = lambda item: _idle(item) and (item.model not in spared or item.source != mine)  # noqa: E731 - of this line
+            for model in self._policy.victims(missing, Allowed(served, may)):
+                missing -= served[model].bytes
+                chosen.append(served[model])
                 if missing <= 0:
                     break
         return chosen

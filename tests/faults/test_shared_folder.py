@@ -196,7 +196,7 @@ def test_f038_ledger_is_made_anew(tmp_path: Path, damage: str) -> None:
         used = cache.stats().disk_used
     ledger = tmp_path / "disk" / "ledger.sqlite3"
     spoil(ledger, damage)
-    with small_cache(tmp_path, source, disk={"budget": used}) as cache:
+    with small_cache(tmp_path, source, disk={"budget": used, "policy": "lru"}) as cache:
         assert [row.model for row in cache.models()] == ["a", "b", "c"]
         assert cache.stats().disk_used == used == allocated(tmp_path / "disk")
         cache.disk.budget = used - 1

@@ -119,7 +119,7 @@ def test_standings_keep_the_order_over_a_restart(life: list[Any], later: int) ->
 def test_victims_of_many_are_the_formula(seed: int, popular: int, count: int) -> None:
     """However many models come and go, are asked for or held, each victim is worth the least of all that may go."""
     policy, reference, held = Worth(), Reference(), set[str]()
-    source = random.Random(seed)
+    source = random.Random(seed)  # noqa: S311 - a load, not a secret
     for _ in range(600):
         model = f"m{int(count * source.random() ** popular)}"
         reference.request(model, source.choice([1, 1, 1, 40]))

@@ -16,6 +16,7 @@ from modelcache.disk.items import Item, Others, Staging
 from modelcache.disk.ledger import patience
 from modelcache.disk.refusals import FetchedElsewhere
 from modelcache.disk.store import Store
+from modelcache.disk.sweeping import reconcile
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
 from modelcache.telling import complain
@@ -127,6 +128,8 @@ class Agreement:
     def look(self) -> None:
         """Learn what other processes have changed."""
         self._refuse_nesting()
+        if not self._store.writable and self._store.changed():  # the ledger is this process's own
+            reconcile(self._store, self._index.items)
         self._store.ledger.look(self._catch_up)
 
     def look_at_others(self) -> None:
@@ -162,8 +165,11 @@ class Agreement:
             book.register(owner, settings)
             with self._guard:
                 stagings = [staging for staging in self._index.stagings if staging.listed]
+                debris = list(self._index.debris.items())
             for staging in stagings:
                 self.hold(book, staging, staging.reserved)
+            for folder, size in debris:
+                self.leave(book, folder, size)
             book.undo.append(self._unregister)
             self._registered = (epoch, owner, settings)
         with self._guard:
@@ -228,8 +234,8 @@ class Agreement:
     def leave(self, book: Book, folder: Path, size: int) -> None:
         """Go on counting a folder that could not be deleted yet."""
         with self._guard:
-            name = self._index.debris.setdefault(folder, folder.name)
-        book.hold(Hold(name, self._store.owner, "", "", size, size, 0))
+            size = self._index.debris.setdefault(folder, size)
+        book.hold(Hold(folder.name, self._store.owner, "", "", size, size, 0))
 
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""

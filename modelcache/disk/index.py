@@ -31,7 +31,7 @@ class Index:
         items: by folder name.
         models: the one that is served, for each model of this source.
         stagings: of this process.
-        debris: what could not be deleted yet: path, and id in the ledger.
+        debris: what could not be deleted yet, and its bytes; the ledger knows each by the name of its folder.
         others: what is set aside.
     """
 
@@ -41,7 +41,7 @@ class Index:
         self.items: dict[str, Item] = {}
         self.models: dict[str, Item] = {}
         self.stagings: set[Staging] = set()
-        self.debris: dict[Path, str] = {}
+        self.debris: dict[Path, int] = {}
         self.others = Others()
         self._bytes = 0  # of all items
         self._others: dict[str, Item] = {}  # as ``models``, of other sources, by what the policy calls them

@@ -8,11 +8,14 @@ import functools
 import logging
 from collections.abc import Mapping
 
+import attrs
+
 from modelcache.disk.book import Book, State
 from modelcache.disk.items import Item
 from modelcache.disk.layout import is_published
 from modelcache.disk.ledger import patience
-from modelcache.disk.store import Published, Store
+from modelcache.disk.published import Published
+from modelcache.disk.store import Store
 
 _log = logging.getLogger("modelcache")
 
@@ -77,18 +80,28 @@ def sweep(store: Store) -> None:
     swept = store.sweep()
     dead = owners.intersection(swept) | (owners - store.workers())
     for owner in dead:
+        gone = swept.get(owner, True)
         left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
         there = {name for name, _ in left if store.exists(name)}
         with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the next sweep
-            store.ledger.change(functools.partial(_bury, owner=owner, there=there), patience())
+            store.ledger.change(functools.partial(_bury, owner=owner, there=there, gone=gone), patience())
 
 
-def _bury(book: Book, owner: str, there: set[str]) -> None:
-    """Forget a dead process; what it had just published is served, what it was removing goes first."""
+def _bury(book: Book, owner: str, there: set[str], *, gone: bool) -> None:
+    """Forget a dead process; what it had just published is served, what it was removing goes first.
+
+    ``gone``: what it left is deleted; else its bytes count until they can be, but nobody waits for it.
+    """
     left = book.owned(owner)  # anew: who buried it meanwhile has given that to all, and somebody may remove it now
     arrived = [name for name, state in left if name in there and state is State.ARRIVING]
     stayed = [name for name, state in left if name in there and state is not State.ARRIVING]
     book.mark(arrived, State.PRESENT, None)
     book.mark(stayed, State.DOOMED, None)
     book.gone(name for name, _ in left if name not in there)
-    book.bury(owner)
+    for hold in book.holds() if not gone else ():
+        if hold.owner == owner:
+            book.hold(attrs.evolve(hold, source="", model="", charged=hold.reserved, wanted=0))
+    if gone:
+        book.bury(owner)
+    else:
+        book.leave(owner)

@@ -187,6 +187,7 @@ class Index:
                 self._old[present.name] = present
             served[name] = present = item
             self._policy.admitted(self._resident(item))
+            self._hold(item)
         elif not serves and present is item:
             del served[name]
             self._policy.removed(name)
@@ -211,12 +212,19 @@ class Index:
         """Book that this process reads an item."""
         item.pins += 1
         self._pinned.add(item)
+        self._hold(item)
 
     def unpin(self, item: Item) -> None:
         """Book that one who read an item is done."""
         item.pins -= 1
         if not item.pins:
             self._pinned.discard(item)
+            self._hold(item)
+
+    def _hold(self, item: Item) -> None:
+        """Tell the policy whether what is served may go; there may be many in memory, which it need not look at."""
+        if isinstance(self._policy, Worth) and self._serves(item):
+            self._policy.hold(self._named(item), held=item.pins > 0)
 
     def pinned(self) -> list[str]:
         """Return the models whose artifacts this process has pinned."""
@@ -291,9 +299,10 @@ class Index:
         """In a child: the parent's fetches, removals and pins are not ours."""
         self.stagings = set()
         self.debris = {}
-        for item in self._pinned:
+        pinned, self._pinned = self._pinned, set()
+        for item in pinned:
             item.pins = 0
-        self._pinned = set()
+            self._hold(item)
 
 
 def _idle(item: Item) -> bool:

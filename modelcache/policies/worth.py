@@ -4,9 +4,10 @@ How the least worthy is found without a look at all is ``policies.cooling``.
 """
 
 import heapq
+import itertools
 import math
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from statistics import median
 
 from modelcache.policies.base import Resident, Standing, searchable
@@ -56,6 +57,7 @@ class Worth:
         self._clock = 0
         self._priced = Cooling()  # models of the tier
         self._unpriced = Cooling()  # those of unknown price
+        self._held: dict[str, Life] = {}  # those that can't go anyway
         self._gone: OrderedDict[str, Life] = OrderedDict()
         self._strangers: OrderedDict[str, Life] = OrderedDict()
         self._prices: deque[float] = deque(maxlen=_PRICES)
@@ -78,9 +80,16 @@ class Worth:
         life = self._resident(model) or self._gone.pop(model, None) or self._strangers.pop(model, None)
         life = life or Life(0, self._clock, self._clock)
         life.price = self._price(resident.bytes, resident.cost)
-        into, other = (self._priced, self._unpriced) if life.price else (self._unpriced, self._priced)
-        other.drop(model)
-        into.put(model, life)
+        if model not in self._held:
+            self._order(model, life)
+
+    def hold(self, model: str, *, held: bool) -> None:
+        """Note that a model of the tier can't go for some time, or can again; only saves looks at it in between."""
+        if held and (life := self._resident(model)) is not None:
+            self._unorder(model)
+            self._held[model] = life
+        elif not held and (life := self._held.pop(model, None)) is not None:
+            self._order(model, life)
 
     def restore(self, found: Iterable[Restored], clock: int = 0) -> None:
         """Take in models that are in the tier at its start: as :meth:`admitted` and :meth:`recall` for each, but fast.
@@ -90,7 +99,10 @@ class Worth:
             clock: of these numbers.
         """
         self._clock = max(self._clock, clock)
-        ago, known = self._clock - clock, (self._priced.lives, self._unpriced.lives, self._gone, self._strangers)
+        ago, known = (
+            self._clock - clock,
+            (self._priced.lives, self._unpriced.lives, self._held, self._gone, self._strangers),
+        )
         priced, unpriced = dict[str, Life](), dict[str, Life]()
         seen = any(known)
         for model, size, cost, n, first, last in found:
@@ -109,14 +121,17 @@ class Worth:
         """Note that a model left; its history stays."""
         life = self._resident(model)
         if life is not None:
-            self._priced.drop(model)
-            self._unpriced.drop(model)
+            self._unorder(model)
+            self._held.pop(model, None)
             _keep(self._gone, model, life, REMEMBERED)
 
     def victims(self, need: int, evictable: Collection[str]) -> Iterable[str]:  # noqa: ARG002 - the protocol's
         """Return the evictable models of the tier, the least worthy first; of equals the one idle for longest."""
         among = searchable(evictable)
-        ordered = self._few(among) if isinstance(among, set | frozenset) and len(among) <= PIECE else self._all()
+        if isinstance(among, set | frozenset) and len(among) <= PIECE:
+            ordered = self._few(among)
+        else:
+            ordered = itertools.chain(self._all(), self._last())
         return (model for _, _, model in ordered if model in among)
 
     def standing(self, model: str) -> Standing | None:
@@ -160,7 +175,16 @@ class Worth:
             self._moved(model, life)
 
     def _resident(self, model: str) -> Life | None:
-        return self._priced.lives.get(model) or self._unpriced.lives.get(model)
+        return self._priced.lives.get(model) or self._held.get(model) or self._unpriced.lives.get(model)
+
+    def _order(self, model: str, life: Life) -> None:
+        into, other = (self._priced, self._unpriced) if life.price else (self._unpriced, self._priced)
+        other.drop(model)
+        into.put(model, life)
+
+    def _unorder(self, model: str) -> None:
+        self._priced.drop(model)
+        self._unpriced.drop(model)
 
     def _moved(self, model: str, life: Life) -> None:
         """Note that the score of a model has changed otherwise than by time."""
@@ -196,6 +220,10 @@ class Worth:
             return priced
         usual, unpriced = self._usual(), self._unpriced.ascending(self._clock + 1)
         return heapq.merge(priced, ((score * usual, last, model) for score, last, model in unpriced))
+
+    def _last(self) -> Iterator[Scored]:
+        """Give those that can't go, as far as they can after all."""
+        yield from sorted(scores(self._held, self._clock + 1, self._usual()))
 
     def _usual(self) -> float:
         """Return the square of what stands in for a price that is unknown."""

@@ -779,7 +779,7 @@ def test_f029_filled_read_only_file_system(mounted: Path, source: DictSource) ->
 
 
 def test_read_only_cache_learns_what_is_published_later(mounted: Path, tmp_path: Path, source: DictSource) -> None:
-    """A cache that can only read its folder serves what another publishes there after its start, and forgets the rest."""
+    """A cache that can only read its folder serves what another publishes after its start, and forgets the rest."""
     view = tmp_path / "view"
     view.mkdir()
     writer = ModelCache(source, lambda path: path.name, disk=DiskTier(mounted / "in", min_free=0))

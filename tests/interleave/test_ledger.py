@@ -277,7 +277,7 @@ def test_publication_that_fails_halfway(tmp_path: Path, monkeypatch: pytest.Monk
             elif step == "pin":
                 patch.setattr(store, "pin", failing, raising=False)
             else:
-                patch.setattr(cache._parts.shelf, "_arrived", failing)
+                patch.setattr("modelcache.disk.publishing.Publisher._arrived", failing)
             with contextlib.suppress(Exception):
                 cache.get("a")
         assert cache.get("a").name == "a"

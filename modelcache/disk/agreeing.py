@@ -128,14 +128,21 @@ class Agreement:
     def look(self) -> None:
         """Learn what other processes have changed."""
         self._refuse_nesting()
-        if not self._store.writable and self._store.changed():  # the ledger is this process's own
-            reconcile(self._store, self._index.items)
+        self._look_at_folder()
         self._store.ledger.look(self._catch_up)
 
     def look_at_others(self) -> None:
         """Learn what other processes have changed, have set aside and wait for."""
         self._refuse_nesting()
+        self._look_at_folder()
         self._store.ledger.look(self._look)
+
+    def _look_at_folder(self) -> None:
+        """Find what others have published or removed where they can't say so: in a folder that can only be read."""
+        if not self._store.writable and self._store.changed():
+            with self._guard:
+                known = dict(self._index.items)
+            reconcile(self._store, known)
 
     def _look(self, book: Book) -> None:
         self._catch_up(book)

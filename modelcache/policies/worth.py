@@ -99,10 +99,8 @@ class Worth:
             clock: of these numbers.
         """
         self._clock = max(self._clock, clock)
-        ago, known = (
-            self._clock - clock,
-            (self._priced.lives, self._unpriced.lives, self._held, self._gone, self._strangers),
-        )
+        ago = self._clock - clock
+        known = (self._priced.lives, self._unpriced.lives, self._held, self._gone, self._strangers)
         priced, unpriced = dict[str, Life](), dict[str, Life]()
         seen = any(known)
         for model, size, cost, n, first, last in found:

@@ -795,9 +795,10 @@ def test_read_only_cache_learns_what_is_published_later(mounted: Path, tmp_path:
             assert reader.get("b") == "artifact"
             assert reader.unload("b")
             assert writer.delete("b")
+            bring(writer, "c")
+            assert on_disk(reader) == ["a", "c"]
             with pytest.raises(AccessDenied, match="only be read"):
                 reader.get("b")
-            assert on_disk(reader) == ["a"]
     finally:
         subprocess.run(["umount", view], check=True, capture_output=True)
         writer.close()

@@ -14,7 +14,7 @@ from modelcache.disk.book import STATES, Asked, Row, State, named
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
 from modelcache.disk.layout import Record
 from modelcache.events import Reason
-from modelcache.policies import Allowed, Policy, Resident, Restored, Worth, recall_order
+from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
 
 _FETCHED = 1 + Record._fields.index("fetched")  # in a row
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
@@ -141,19 +141,17 @@ class Index:
                 self._policy.admitted(self._resident(item))
             recall_order(self._policy, [self._named(item) for item in sorted(new, key=attrgetter("used"))])
             return
-        known, unknown, recalled = {each.model: each for each in asked}, list[Item](), list[Restored]()
-        for item in new:
-            name = self._named(item)
-            if (one := known.pop(name, None)) is None:
-                unknown.append(item)
-            else:
-                recalled.append((name, item.bytes, item.fetch_seconds, one.n, one.first, one.last))
-        unknown.sort(key=attrgetter("used"))
+        known = {each.model: each for each in asked}
+        unknown = sorted((item for item in new if self._named(item) not in known), key=attrgetter("used"))
         ranked = enumerate(unknown, before + 1 - len(unknown))
+        found = ((item, known.pop(self._named(item), None)) for item in new)
         self._policy.restore(
-            [(self._named(item), item.bytes, item.fetch_seconds, 1, at, at) for at, item in ranked], self._clock
+            ((self._named(item), item.bytes, item.fetch_seconds, 1, at, at) for at, item in ranked), self._clock
         )
-        self._policy.restore(recalled, self._clock)
+        self._policy.restore(
+            ((one.model, item.bytes, item.fetch_seconds, *one[1:]) for item, one in found if one is not None),
+            self._clock,
+        )
         self._policy.recall_all(known.values(), self._clock)
 
     def _resident(self, item: Item) -> Resident:

@@ -436,6 +436,6 @@ def test_requests_of_all_processes_add_up(tmp_path: Path) -> None:
         policy = cache.disk.policy
         assert isinstance(policy, Worth)
         assert policy.standing("a") == Standing(3, 3, 0)  # the second cache has told of its request at its end
-        assert policy.standing("b") == Standing(1, 0, 0)
+        assert policy.standing("b") == Standing(1, 1, 1)
         cache.get("a")
         assert policy.standing("a") == Standing(4, 4, 0)

@@ -3,8 +3,10 @@
     python -m benchmarks.disk_growth [--counts 1000 10000 100000] [--rounds 3] [--folder /var/tmp]
 
 The published folders are written as the tier writes them, a tiny file in each, but not synced one by one. Each figure
-is of a fresh process, imports not counted, with the records in the page cache of the system. The peer of a start
-without a ledger is a scan that reads and parses each record once, and knows the models then; it runs in the same round.
+is of a fresh process, imports not counted, with the records in the page cache of the system; the intact ledger has a
+request for each model. "Held": 30 % of the models are in memory, and may not go. The peer of a start without a ledger
+is a scan that reads and parses each record once, and knows the models then; it runs in the same round. What is compared
+is processor time, which other programs on the machine stretch less.
 """
 
 import argparse
@@ -34,7 +36,7 @@ ROUNDS = 3
 LOOKUPS = 300
 EVICTIONS = 30
 LOOKS = 3
-SECOND = 1.0  # seconds that a start with an intact ledger may take
+SECOND = 1.0  # seconds of processor time that a start with an intact ledger may take
 FLAT = 2.0  # times that a decision may cost with more models, beside the fewest
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NAMES: Mapping[str, str] = {
@@ -42,10 +44,13 @@ NAMES: Mapping[str, str] = {
     "cpu": "of which CPU time: ms",
     "lost": "start, ledger lost: ms",
     "scan": "scan of each record: ms",
-    "ratio": "ledger lost / scan",
+    "part": "ledger intact / scan, CPU",
+    "ratio": "ledger lost / scan, CPU",
     "open": "lookup on disk: us",
     "miss": "lookup that misses: us",
+    "first": "first choice of a victim: ms",
     "choose": "choice of a victim: us",
+    "held": "the same, 30 % held: us",
     "evict": "victim chosen and removed: us",
     "stats": "stats(): ms",
     "models": "models(): ms",
@@ -120,23 +125,35 @@ def _lost(root: Path) -> dict[str, float]:
     """Return how long a start takes that finds no ledger."""
     for file in (root / "tier").glob("ledger.sqlite3*"):
         file.unlink()
+    cpu = time.process_time()
     cache, seconds = _start(root)
+    cpu = time.process_time() - cpu
     count = len(cache.models())
     cache.close()
-    return {"lost": seconds * 1e3, "count": count}
+    return {"lost": seconds * 1e3, "lost cpu": cpu * 1e3, "count": count}
+
+
+def _ask(root: Path) -> dict[str, float]:
+    """Have each model asked for once."""
+    cache, _ = _start(root)
+    with cache:
+        names = [info.model for info in cache.models()]
+        cache.disk.store.ledger.change(lambda book: book.ask(_source(root).url, names))
+    return {"count": len(names)}
 
 
 def _scan(root: Path) -> dict[str, float]:
     """Return how long the peer takes."""
     gc.collect()
-    before = time.perf_counter()
+    before, cpu = time.perf_counter(), time.process_time()
     known: dict[str, dict[str, Any]] = {}
     with os.scandir(root / "tier" / "models") as entries:
         for entry in entries:
             with open(f"{entry.path}/{RECORD}", encoding="utf-8") as file:  # noqa: PTH123 - as fast as it goes
                 record = json.load(file)
             known[record["model"]] = {**record, "used": entry.stat().st_mtime}
-    return {"scan": (time.perf_counter() - before) * 1e3, "count": len(known)}
+    seconds, cpu = time.perf_counter() - before, time.process_time() - cpu
+    return {"scan": seconds * 1e3, "scan cpu": cpu * 1e3, "count": len(known)}
 
 
 def _decide(root: Path) -> dict[str, float]:
@@ -155,10 +172,16 @@ def _decide(root: Path) -> dict[str, float]:
             with cache._parts.guard:  # noqa: SLF001
                 assert len(shelf.index.choose(1)) == 1
 
+        def hold(_: int) -> None:
+            with cache._parts.guard:  # noqa: SLF001
+                for name in [name for name in names if name in shelf.index.models][: 3 * len(names) // 10]:
+                    shelf.index.pin(shelf.index.models[name])
+
         def evict(_: int) -> None:
             cache.disk.budget = shelf.index.used() - 1
 
         result = {
+            "first": _median(choose, 1) * 1e3,
             "open": _median(lookup, LOOKUPS) * 1e6,
             "miss": _median(lambda number: shelf.open(f"nobody-{number}"), LOOKUPS) * 1e6,
             "stats": _median(lambda _: cache.stats(), LOOKS) * 1e3,
@@ -166,6 +189,9 @@ def _decide(root: Path) -> dict[str, float]:
             "choose": _median(choose, LOOKUPS) * 1e6,
             "evict": _median(evict, EVICTIONS) * 1e6,
         }
+        hold(0)
+        choose(0)
+        result["held"] = _median(choose, LOOKUPS) * 1e6
         assert cache.stats().disk_evictions == EVICTIONS
     return result
 
@@ -176,6 +202,7 @@ def _ledger(root: Path) -> float:
 
 TRIALS: Mapping[str, Callable[[Path], dict[str, float]]] = {
     "lost": _lost,
+    "ask": _ask,
     "scan": _scan,
     "idle": _idle,
     "decide": _decide,
@@ -193,10 +220,11 @@ def _round(root: Path, empty: Path) -> dict[str, float]:
     found = {**_trial("scan", root), **_trial("lost", root)}
     if _trial("scan", root)["count"] != found["count"]:
         raise SystemExit("models are missing")
+    _trial("ask", root)
     found |= _trial("idle", root)
     found["rss"] -= _trial("idle", empty)["rss"]
     found |= _trial("decide", root)
-    found["ratio"] = found["lost"] / found["scan"]
+    found["part"], found["ratio"] = found["cpu"] / found["scan cpu"], found["lost cpu"] / found["scan cpu"]
     return found
 
 
@@ -232,8 +260,8 @@ def _report(found: Mapping[int, Mapping[str, Sequence[float]]]) -> int:
     heads = ["median (min..max)", *(f"{count:,}" for count in found), *(f"{count:,} / {fewest:,}" for count in found)]
     show("Models on disk", heads, rows)
     large, small = middle[most], middle[fewest]
-    claims = [(f"start under a second: {large['intact']:.0f} ms", large["intact"] < SECOND * 1e3)]
-    for name in ("open", "miss", "choose", "evict"):
+    claims = [(f"start under a second of processor time: {large['cpu']:.0f} ms", large["cpu"] < SECOND * 1e3)]
+    for name in ("open", "miss", "choose", "held", "evict"):
         worst = max(figures_of[name] for figures_of in middle.values()) / small[name]
         claims.append((f"{NAMES[name].rpartition(':')[0]} is flat: x {worst:.1f} at most", worst < FLAT))
     claims.append((f"a lost ledger is made anew as fast as a scan: x {large['ratio']:.2f}", large["ratio"] <= 1))

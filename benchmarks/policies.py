@@ -3,9 +3,9 @@
     python -m benchmarks.policies [--traces FOLDER] [--only twin] [--jobs 2]
 
 What decides is reload seconds: the load times that somebody waited for, over the whole trace, first loads included.
-The rows: ours (``worth pruned`` keeps victims that the others make unnecessary, as the memory tier does; ``worth
-sampled`` always scores a sample, as ``worth`` does above 10,000 models), plain references of GDSF and GreedyDual, and,
-out of reach as they know the future, Belady and Belady by cost. libCacheSim's where it is installed (group ``bench``).
+The rows: ours (``worth pruned`` keeps victims that the others make unnecessary, as the memory tier does), plain
+references of GDSF and GreedyDual, and, out of reach as they know the future, Belady and Belady by cost. libCacheSim's
+where it is installed (group ``bench``).
 The exit status is 1 where a figure is more than 1 % off what an independent program got. Memory over disk is
 ``benchmarks.two_tiers``.
 
@@ -13,7 +13,6 @@ About five minutes of processor time for the three traces that are here, most of
 """
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from modelcache.policies import Policy, Worth, make_policy
 PRUNED = "worth pruned"
 OTHERS: dict[str, Callable[[], Policy]] = {
     PRUNED: Worth,
-    "worth sampled": functools.partial(Worth, full_scan=0),
     "GDSF": peers.Gdsf,
     "GreedyDual": peers.GreedyDual,
 }

@@ -3,9 +3,9 @@
     python -m benchmarks.two_tiers [--traces FOLDER] [--only twin] [--memory 0.1] [--disk 0.3] [--jobs 2]
 
 What decides is the seconds of all loads and fetches that somebody waited for, first ones included. ``A over B``: A is
-the policy of the memory, B that of the disk, both as the library has them. ``GDSF`` is a plain reference; ``sampled``
-scores a sample at each eviction, as ``worth`` does above 10,000 models; ``hears hits`` tells the disk of all requests,
-which the library does not, to show what that would cost.
+the policy of the memory, B that of the disk, both as the library has them. ``GDSF`` is a plain reference;
+``hears hits`` tells the disk of all requests, ``hears leaving`` counts a request for a model that leaves memory to make
+room: the library does neither, and these show what that would bring.
 
 Two tables a trace: in the first an artifact may leave the disk before its model leaves memory, as in the independent
 program whose figures are to be reached; in the second models in memory keep their artifacts, as in the library. The
@@ -15,7 +15,6 @@ About five minutes of processor time for the three traces that are here, most of
 """
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -28,22 +27,22 @@ from benchmarks.simulator import expected, peers, traces
 from benchmarks.simulator.report import print_checks
 from benchmarks.simulator.tiers import Tier
 from benchmarks.simulator.two import Waits, replay_two
-from modelcache.policies import Policy, Worth, make_policy
+from modelcache.policies import Policy, make_policy
 
-OTHERS: dict[str, Callable[[], Policy]] = {"GDSF": peers.Gdsf, "worth sampled": functools.partial(Worth, full_scan=0)}
-HEARS_HITS = "worth, hears hits"
+OTHERS: dict[str, Callable[[], Policy]] = {"GDSF": peers.Gdsf}
+HEARS_HITS, HEARS_LEAVING = "worth, hears hits", "worth, hears leaving"
 BASE, BEST = ("lru", "lru"), ("worth", "worth")
 ROWS = (
     BASE,
     ("lru", "worth"),
-    *(("worth", disk) for disk in ("lru", "lfu", "fifo", "GDSF", "worth", "worth sampled", HEARS_HITS)),
+    *(("worth", disk) for disk in ("lru", "lfu", "fifo", "GDSF", "worth", HEARS_HITS, HEARS_LEAVING)),
 )
 Pair = tuple[str, str]
 
 
 def tier(row: str, trace: traces.Trace, share: float) -> Tier:
     """Return a new tier for one half of a row."""
-    name = "worth" if row == HEARS_HITS else row
+    name = "worth" if row in {HEARS_HITS, HEARS_LEAVING} else row
     return Tier(OTHERS[name]() if name in OTHERS else make_policy(name, "policy"), trace.share(share))
 
 
@@ -51,7 +50,8 @@ def run(folder: Path, name: str, pair: Pair, memory: float, disk: float, *, pins
     """Replay one trace through one pair of policies."""
     trace = traces.read(folder, name)
     upper, lower = tier(pair[0], trace, memory), tier(pair[1], trace, disk)
-    return replay_two(trace, upper, lower, pins=pins, tells_hits=pair[1] == HEARS_HITS)
+    hits, leaving = pair[1] == HEARS_HITS, pair[1] == HEARS_LEAVING
+    return replay_two(trace, upper, lower, pins=pins, tells_hits=hits, tells_leaving=leaving)
 
 
 def print_waits(title: str, waits: Mapping[Pair, Waits]) -> None:

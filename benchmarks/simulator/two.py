@@ -33,7 +33,15 @@ class Waits:
         return self.loads + self.fetches
 
 
-def replay_two(trace: Trace, upper: Tier, lower: Tier, *, pins: bool = False, tells_hits: bool = False) -> Waits:
+def replay_two(
+    trace: Trace,
+    upper: Tier,
+    lower: Tier,
+    *,
+    pins: bool = False,
+    tells_hits: bool = False,
+    tells_leaving: bool = False,
+) -> Waits:
     """Replay a trace through memory (``upper``) over disk (``lower``).
 
     Args:
@@ -43,6 +51,7 @@ def replay_two(trace: Trace, upper: Tier, lower: Tier, *, pins: bool = False, te
         pins: a model in memory keeps its artifact on disk, as in the library; where nothing else is left to go, memory
             gives up one model after the other. Otherwise an artifact may leave before its model does.
         tells_hits: the disk tier hears of the requests that memory hits, too.
+        tells_leaving: to the disk tier a model that leaves memory to make room was asked for once more.
     """
     missed: list[str] = []
     fetched: list[str] = []
@@ -56,7 +65,10 @@ def replay_two(trace: Trace, upper: Tier, lower: Tier, *, pins: bool = False, te
             fetched.append(model)
             _fetch(trace, model, upper, lower, pins=pins)
         load = trace.load[model]
-        upper.admit(model, trace.bytes[model], load if model in lower.resident else load + trace.fetch[model])
+        cost = load if model in lower.resident else load + trace.fetch[model]
+        left = upper.admit(model, trace.bytes[model], cost)
+        for one in left or () if tells_leaving else ():
+            lower.requested(one)
     count = len(trace.requests)
     return Waits(
         loads=sum(trace.load[model] for model in missed),

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from modelcache.disk.book import Book, Hold, State
+from modelcache.disk.book import USED, Book, Hold, State
 from modelcache.disk.index import Index
 from modelcache.disk.items import Item, Others, Staging
 from modelcache.disk.ledger import patience
 from modelcache.disk.refusals import FetchedElsewhere
 from modelcache.disk.store import Store
+from modelcache.disk.sweeping import reconcile
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
 from modelcache.telling import complain
@@ -127,12 +128,21 @@ class Agreement:
     def look(self, check: Callable[[], None] | None = None) -> None:
         """Learn what other processes have changed; see ``Ledger.look``."""
         self._refuse_nesting()
+        self._look_at_folder()
         self._store.ledger.look(self._catch_up, check)
 
     def look_at_others(self) -> None:
         """Learn what other processes have changed, have set aside and wait for."""
         self._refuse_nesting()
+        self._look_at_folder()
         self._store.ledger.look(self._look)
+
+    def _look_at_folder(self) -> None:
+        """Find what others have published or removed where they can't say so: in a folder that can only be read."""
+        if not self._store.writable and self._store.changed():
+            with self._guard:
+                known = dict(self._index.items)
+            reconcile(self._store, known)
 
     def _look(self, book: Book) -> None:
         self._catch_up(book)
@@ -152,9 +162,9 @@ class Agreement:
             asked = book.asked(self._source, 0 if whole else self._index.since(epoch))
             with self._guard:
                 self._index.learn(epoch, rows, asked, seq, self._store.owner, whole=whole)
-                for row in rows:
-                    if row.used > time.time():  # told by a clock that was wrong: it would be the latest for years
-                        self._uses.setdefault(row.name, (0.0, 0))
+                now = time.time()
+                for name in [row[0] for row in rows if row[USED] > now]:  # by a wrong clock: the latest for years
+                    self._uses.setdefault(name, (0.0, 0))
         return epoch
 
     def learn(self, book: Book) -> None:
@@ -165,8 +175,11 @@ class Agreement:
             book.register(owner, settings)
             with self._guard:
                 stagings = [staging for staging in self._index.stagings if staging.listed]
+                debris = list(self._index.debris.items())
             for staging in stagings:
                 self.hold(book, staging, staging.reserved)
+            for folder, size in debris:
+                self.leave(book, folder, size)
             book.undo.append(self._unregister)
             self._registered = (epoch, owner, settings)
         with self._guard:
@@ -231,8 +244,8 @@ class Agreement:
     def leave(self, book: Book, folder: Path, size: int) -> None:
         """Go on counting a folder that could not be deleted yet."""
         with self._guard:
-            name = self._index.debris.setdefault(folder, folder.name)
-        book.hold(Hold(name, self._store.owner, "", "", size, size, 0))
+            size = self._index.debris.setdefault(folder, size)
+        book.hold(Hold(folder.name, self._store.owner, "", "", size, size, 0))
 
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""

@@ -6,13 +6,11 @@ decided in one, ``disk.index`` and ``disk.reserving``.
 """
 
 import enum
-import operator
 import secrets
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import NamedTuple
 
 import attrs
 
@@ -29,9 +27,7 @@ INSERT INTO requests VALUES (:source, :model, 1, :clock, :clock, :seq) ON CONFLI
     last = :clock, seq = :seq
 """
 _FORGET = """
-DELETE FROM requests WHERE source = :source AND seq <= (
-    SELECT seq FROM requests WHERE source = :source ORDER BY seq DESC LIMIT 1 OFFSET :kept
-)
+DELETE FROM requests WHERE seq <= (SELECT seq FROM requests ORDER BY seq DESC LIMIT 1 OFFSET :kept)
 """
 _SELDOM = 256  # changes between two looks at how many models are remembered
 _KEPT = 4096  # changes for which it is remembered what has gone
@@ -53,7 +49,7 @@ CREATE TABLE holds(
 CREATE TABLE requests(
     source TEXT, model TEXT, n REAL, first REAL, last REAL, seq INTEGER, PRIMARY KEY (source, model)
 ) WITHOUT ROWID;
-CREATE INDEX asked ON requests(source, seq);
+CREATE INDEX asked ON requests(seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
 PRAGMA user_version = {version};
 """
@@ -74,30 +70,20 @@ class State(enum.IntEnum):
     """It is no more."""
 
 
-_STATES = tuple(State)  # by number: a call of the class takes ten times as long
+STATES = tuple(State)
+"""By number: a call of the class takes ten times as long."""
 
 
-@attrs.frozen
-class Row:
-    """One published folder.
+Row = tuple[str, str, str, str, str | None, int, float, float, int, str, int, str | None, float, int, str | None]
+"""One published folder, as the table ``artifacts`` has it: name, record, state, owner, used, uses, by.
 
-    Attributes:
-        name: of the folder.
-        record: what it says of itself.
-        state: what is to become of it.
-        owner: the process that brings or removes it; None where nobody does.
-        used: seconds since the epoch of its last use.
-        uses: how often it was used.
-        by: the process that used it last.
-    """
+A plain tuple: there may be very many. What is to become of it (``State``, as a number), the process that brings or
+removes it (None where nobody does), seconds since the epoch of its last use, how often it was used, and the process
+that used it last.
+"""
 
-    name: str
-    record: Record
-    state: State
-    owner: str | None
-    used: float
-    uses: int
-    by: str | None
+USED = -3
+"""Where a ``Row`` tells of the last use."""
 
 
 @attrs.frozen
@@ -123,8 +109,7 @@ class Hold:
     wanted: int
 
 
-@attrs.frozen
-class Asked:
+class Asked(NamedTuple):
     """How often a model was asked for; see ``policies.Standing``.
 
     Attributes:
@@ -183,26 +168,26 @@ class Book:
             return [], since, False
         whole = since < int(self._meta("horizon")) or since == 0
         query = (
-            "SELECT name, state, owner, used, uses, by, source, single, "
-            "model, version, size, fetched, fetch_seconds, bytes, digest FROM artifacts WHERE "
+            "SELECT name, model, source, version, single, size, fetched, fetch_seconds, bytes, digest, "
+            "state, owner, used, uses, by FROM artifacts WHERE"
         )
         if whole:
             found = self._sql(f"{query} state != ?", (State.GONE,))
         else:
             found = self._sql(f"{query} seq > ? ORDER BY seq", (since,))
-        return [_row(*at) for at in found], seq, whole
+        return found.fetchall(), seq, whole
 
     def names(self) -> dict[str, State]:
         """Return the names of all folders that are on record and not gone, and what is to become of them."""
         found = self._sql("SELECT name, state FROM artifacts WHERE state != ?", (State.GONE,))
-        return {name: _STATES[state] for name, state in found}
+        return {name: STATES[state] for name, state in found}
 
     def add(self, found: Iterable[tuple[str, Record, float]], state: State, owner: str | None) -> None:
         """Take folders in: name, record, and seconds since the epoch of the last use of each."""
         seq = self._tick()
         self._many(
             "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
-            ((name, *_columns(record), state, owner, used, owner, seq) for name, record, used in found),
+            ((name, *record, state, owner, used, owner, seq) for name, record, used in found),
         )
 
     def mark(self, names: Iterable[str], state: State, owner: str | None) -> None:
@@ -237,12 +222,16 @@ class Book:
             self._sql(_ASK, {"source": source, "model": model, "clock": clock, "seq": seq, "most": HALVED_ABOVE})
         self._sql("UPDATE meta SET value = ? WHERE key = 'clock'", (clock,))
         if seq % _SELDOM == 0:
-            self._sql(_FORGET, {"source": source, "kept": REMEMBERED})
+            self._sql(_FORGET, {"kept": REMEMBERED})
 
     def asked(self, source: str, since: int) -> tuple[int, list[Asked]]:
-        """Return how many requests there were, and the models of a source that were asked for since a change."""
-        query = "SELECT model, n, first, last FROM requests WHERE source = ? AND seq > ? ORDER BY last"
-        return int(self._meta("clock")), [Asked(*at) for at in self._sql(query, (source, since))]
+        """Return how many requests there were, and the models that were asked for since a change.
+
+        Models of any but the given source are named as ``named`` does.
+        """
+        name = "CASE source WHEN ? THEN model ELSE source || char(10) || model END"
+        query = f"SELECT {name}, n, first, last FROM requests WHERE seq > ? ORDER BY last"  # noqa: S608 - no input
+        return int(self._meta("clock")), [*map(Asked._make, self._sql(query, (source, since)))]
 
     def holds(self) -> list[Hold]:
         """Return all that is set aside, by any process."""
@@ -290,25 +279,9 @@ class Book:
         self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
 
 
-_columns = operator.attrgetter(*(field.name for field in attrs.fields(Record)))  # astuple takes ten times as long
-
-
-def _row(
-    name: str,
-    state: int,
-    owner: str | None,
-    used: float,
-    uses: int,
-    by: str | None,
-    source: str,
-    single: str | None,
-    *rest: Any,
-) -> Row:
-    """Return one row; what many have in common is kept once."""
-    model, version, size, fetched, fetch_seconds, size_on_disk, digest = rest
-    single = None if single is None else sys.intern(single)
-    record = Record(model, sys.intern(source), version, single, size, fetched, fetch_seconds, size_on_disk, digest)
-    return Row(name, record, _STATES[state], owner, used, uses, by)
+def named(source: str, model: str, mine: str) -> str:
+    """Return what a policy calls a model: its id where it is of our source; no id has a line break."""
+    return model if source == mine else f"{source}\n{model}"
 
 
 def create(connection: sqlite3.Connection) -> None:

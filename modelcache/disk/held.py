@@ -30,9 +30,9 @@ class Held:
     @property
     def size(self) -> int:
         """Bytes of the artifact's files."""
-        return self.item.record.size
+        return self.item.size
 
     @property
     def version(self) -> str:
         """The source's version of it."""
-        return self.item.record.version
+        return self.item.version

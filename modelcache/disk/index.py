@@ -5,14 +5,18 @@ moment they are reserved until their files are gone. What other processes have d
 """
 
 import time
+from collections import ChainMap
 from collections.abc import Collection, Iterable
+from operator import attrgetter, itemgetter
 from pathlib import Path  # noqa: TC003 - as elsewhere
 
-from modelcache.disk.book import Asked, Row, State
+from modelcache.disk.book import STATES, Asked, Row, State, named
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
+from modelcache.disk.layout import Record
 from modelcache.events import Reason
-from modelcache.policies import Allowed, Policy, Resident, Standing, Worth, recall_order
+from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
 
+_FETCHED = 1 + Record._fields.index("fetched")  # in a row
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
 
 
@@ -20,14 +24,14 @@ class Index:
     """All published folders and stagings of one disk tier, as this process knows them.
 
     Args:
-        source: URL of the cache's source; folders of other sources count, but are nobody's model here.
+        source: URL of the cache's source; folders of other sources are no models here, but give way by the same order.
         policy: who goes first.
 
     Attributes:
         items: by folder name.
         models: the one that is served, for each model of this source.
         stagings: of this process.
-        debris: what could not be deleted yet: path, and id in the ledger.
+        debris: what could not be deleted yet, and its bytes; the ledger knows each by the name of its folder.
         others: what is set aside.
     """
 
@@ -37,10 +41,11 @@ class Index:
         self.items: dict[str, Item] = {}
         self.models: dict[str, Item] = {}
         self.stagings: set[Staging] = set()
-        self.debris: dict[Path, str] = {}
+        self.debris: dict[Path, int] = {}
         self.others = Others()
         self._bytes = 0  # of all items
-        self._strangers: dict[str, Item] = {}  # what is no model's present artifact
+        self._others: dict[str, Item] = {}  # as ``models``, of other sources, by what the policy calls them
+        self._old: dict[str, Item] = {}  # what is no model's present artifact: few
         self._going: dict[str, Item] = {}
         self._coming: dict[str, Item] = {}
         self._pinned: set[Item] = set()
@@ -59,58 +64,102 @@ class Index:
         self._policy.requested(model, self._clock)
 
     def learn(
-        self, epoch: str, rows: Iterable[Row], asked: tuple[int, list[Asked]], seq: int, me: str, *, whole: bool
+        self, epoch: str, rows: list[Row], asked: tuple[int, list[Asked]], seq: int, me: str, *, whole: bool
     ) -> None:
         """Take in what has changed; ``whole``: what is not among the rows is gone.
 
         ``asked``: how many requests there were by any process, and the models that were asked for.
         """
-        rows = list(rows)
         if whole:
-            listed = {row.name for row in rows}
-            for name in [name for name in self.items if name not in listed]:
-                self.forget(self.items[name])
-            rows.sort(key=lambda row: row.record.fetched)  # so that a policy finds the order of their coming
-        now = time.time()
-        fresh = [item for row in rows if (item := self._learn(row, me, now)) is not None]
-        ours = [item for item in fresh if self.models.get(item.model) is item]
-        known = {each.model for each in asked[1]} if isinstance(self._policy, Worth) else set()
-        unknown = [item for item in ours if item.model not in known]
-        recall_order(self._policy, [item.model for item in sorted(unknown, key=lambda item: item.used)])
-        self._recall(*asked)
+            if self.items:
+                listed = {row[0] for row in rows}
+                for name in [name for name in self.items if name not in listed]:
+                    self.forget(self.items[name])
+            rows.sort(key=itemgetter(_FETCHED))  # so that a policy finds the order of their coming
+        self._admit(self._take_in(rows, me), *asked)
         if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
             self._epoch, self._seq = epoch, seq
 
-    def _recall(self, clock: int, asked: Iterable[Asked]) -> None:
-        self._clock = max(self._clock, clock)
-        if isinstance(self._policy, Worth):  # the others know nothing of models that are not here
-            for each in asked:
-                standing = Standing.at(clock, each.n, each.first, each.last)
-                self._policy.recall(each.model, standing, clock)
+    def _take_in(self, rows: Iterable[Row], me: str) -> list[Item]:
+        """Take in what has changed, and return the new items that are served; there may be very many."""
+        now, new = time.time(), list[Item]()
+        sources, singles = {self._source: self._source}, dict[str | None, str | None]()
+        for (
+            name, model, source, version, single, size, fetched, seconds, taken, digest, state, _, last, uses, by
+        ) in rows:  # fmt: skip
+            used = min(last, now)  # a time in the future is taken as now
+            item = self.items.get(name)
+            if state == State.GONE:
+                if item is not None:
+                    self.forget(item)
+            elif item is not None:
+                if by != me and not isinstance(self._policy, Worth) and self._serves(item):
+                    for _ in range(min(uses - item.uses, _TOLD)):
+                        self.requested(self._named(item))
+                item.used, item.uses = max(item.used, used), uses
+                self.become(item, STATES[state])
+            else:
+                item = self.items[name] = Item(
+                    name,
+                    model,
+                    sources.setdefault(source, source),  # what many have in common is kept once
+                    version,
+                    singles.setdefault(single, single),
+                    size,
+                    fetched,
+                    seconds,
+                    taken,
+                    digest,
+                    used,
+                    uses,
+                    STATES[state],
+                )
+                self._bytes += taken
+                new.append(item)
+                if state == State.PRESENT and source == self._source and model not in self.models:
+                    self.models[model] = item
+                else:
+                    self._place(item)
+        return [item for item in new if self._serves(item)]
+
+    def _named(self, item: Item) -> str:
+        """Return what the policy calls the model of an item."""
+        return item.model if item.source == self._source else named(item.source, item.model, self._source)
+
+    def _serves(self, item: Item) -> bool:
+        """Whether an item is what is served for its model, here or by caches of its source."""
+        return (self.models if item.source == self._source else self._others).get(self._named(item)) is item
+
+    def _admit(self, new: list[Item], clock: int, asked: list[Asked]) -> None:
+        """Tell the policy of what is served, and of requests by any process.
+
+        Of what nobody is known to have asked for, the order of the last use is kept.
+        """
+        before, self._clock = self._clock, max(self._clock, clock)
+        if not isinstance(self._policy, Worth):  # which know nothing of models that are not here
+            for item in new:
+                self._policy.admitted(self._resident(item))
+            recall_order(self._policy, [self._named(item) for item in sorted(new, key=attrgetter("used"))])
+            return
+        known = {each.model: each for each in asked}
+        unknown = sorted((item for item in new if self._named(item) not in known), key=attrgetter("used"))
+        ranked = enumerate(unknown, before + 1 - len(unknown))
+        found = ((item, known.pop(self._named(item), None)) for item in new)
+        self._policy.restore(
+            ((self._named(item), item.bytes, item.fetch_seconds, 1, at, at) for at, item in ranked), self._clock
+        )
+        self._policy.restore(
+            ((one.model, item.bytes, item.fetch_seconds, *one[1:]) for item, one in found if one is not None),
+            self._clock,
+        )
+        self._policy.recall_all(known.values(), self._clock)
+
+    def _resident(self, item: Item) -> Resident:
+        return Resident(self._named(item), item.bytes, item.fetch_seconds)
 
     def doubt(self) -> None:
         """Have all be learned anew: something was learned that did not come about."""
         self._epoch = ""
-
-    def _learn(self, row: Row, me: str, now: float) -> Item | None:
-        """Take in one row; return the item where it is new here."""
-        item = self.items.get(row.name)
-        if row.state is State.GONE:
-            if item is not None:
-                self.forget(item)
-            return None
-        if item is None:
-            used = min(row.used, now)  # a time in the future is taken as now
-            item = self.items[row.name] = Item(row.name, row.record, used, row.uses, row.state)
-            self._bytes += row.record.bytes
-            self._place(item)
-            return item
-        if row.by != me and item is self.models.get(item.model) and not isinstance(self._policy, Worth):
-            for _ in range(min(row.uses - item.uses, _TOLD)):
-                self.requested(item.model)
-        item.used, item.uses = max(item.used, min(row.used, now)), row.uses
-        self.become(item, row.state)
-        return None
 
     def become(self, item: Item, state: State) -> None:
         """Note what is to become of an item."""
@@ -120,32 +169,34 @@ class Index:
 
     def _place(self, item: Item) -> None:
         """Put an item where its state says that it belongs."""
-        record, state = item.record, item.state
-        present = self.models.get(record.model)
-        for kind in (self._going, self._coming, self._strangers):
+        state, name = item.state, self._named(item)
+        served = self.models if item.source == self._source else self._others
+        present = served.get(name)
+        for kind in (self._going, self._coming, self._old):
             if kind:
                 kind.pop(item.name, None)
         if state is State.LEAVING:
             self._going[item.name] = item
         elif state is State.ARRIVING:
             self._coming[item.name] = item
-        serves = state is State.PRESENT and record.source == self._source
-        if serves and present is not item and (present is None or present.record.fetched <= record.fetched):
+        serves = state is State.PRESENT
+        if serves and present is not item and (present is None or present.fetched <= item.fetched):
             if present is not None:
-                self._strangers[present.name] = present
-            self.models[record.model] = present = item
-            self._policy.admitted(Resident(record.model, record.bytes, record.fetch_seconds))
+                self._old[present.name] = present
+            served[name] = present = item
+            self._policy.admitted(self._resident(item))
+            self._hold(item)
         elif not serves and present is item:
-            del self.models[record.model]
-            self._policy.removed(record.model)
+            del served[name]
+            self._policy.removed(name)
         if state is State.DOOMED or (state is State.PRESENT and present is not item):
-            self._strangers[item.name] = item
+            self._old[item.name] = item
 
     def of(self, model: str) -> list[Item]:
         """Return all versions of a model of this source; whatever is not served is in one of few, short lists."""
         present = self.models.get(model)
-        others = [at for kind in (self._going, self._coming, self._strangers) for at in kind.values()]
-        found = [at for at in others if at.model == model and at.record.source == self._source]
+        others = [at for kind in (self._going, self._coming, self._old) for at in kind.values()]
+        found = [at for at in others if at.model == model and at.source == self._source]
         return found if present is None else [present, *found]
 
     def forget(self, item: Item) -> None:
@@ -159,12 +210,19 @@ class Index:
         """Book that this process reads an item."""
         item.pins += 1
         self._pinned.add(item)
+        self._hold(item)
 
     def unpin(self, item: Item) -> None:
         """Book that one who read an item is done."""
         item.pins -= 1
         if not item.pins:
             self._pinned.discard(item)
+            self._hold(item)
+
+    def _hold(self, item: Item) -> None:
+        """Tell the policy whether what is served may go; there may be many in memory, which it need not look at."""
+        if isinstance(self._policy, Worth) and self._serves(item):
+            self._policy.hold(self._named(item), held=item.pins > 0)
 
     def pinned(self) -> list[str]:
         """Return the models whose artifacts this process has pinned."""
@@ -206,16 +264,18 @@ class Index:
         chosen: list[Item] = []
         if missing <= 0:
             return chosen
-        for item in sorted(filter(_idle, self._strangers.values()), key=lambda item: item.used):
+        for item in sorted(filter(_idle, self._old.values()), key=attrgetter("used")):
             if missing <= 0:
                 return chosen
             missing -= item.bytes
             chosen.append(item)
-        if missing > 0 and self.models:
-            may = lambda item: _idle(item) and item.model not in spared  # noqa: E731 - of this line
-            for model in self._policy.victims(missing, Allowed(self.models, may)):
-                missing -= self.models[model].bytes
-                chosen.append(self.models[model])
+        if missing > 0:
+            served = ChainMap(self.models, self._others) if self._others else self.models
+            mine = self._source
+            may = lambda item: _idle(item) and (item.model not in spared or item.source != mine)  # noqa: E731 - of this line
+            for model in self._policy.victims(missing, Allowed(served, may)):
+                missing -= served[model].bytes
+                chosen.append(served[model])
                 if missing <= 0:
                     break
         return chosen
@@ -237,9 +297,10 @@ class Index:
         """In a child: the parent's fetches, removals and pins are not ours."""
         self.stagings = set()
         self.debris = {}
-        for item in self._pinned:
+        pinned, self._pinned = self._pinned, set()
+        for item in pinned:
             item.pins = 0
-        self._pinned = set()
+            self._hold(item)
 
 
 def _idle(item: Item) -> bool:

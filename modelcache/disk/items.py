@@ -61,11 +61,11 @@ class Wish(Protocol):
 
 @attrs.define(eq=False)
 class Item:
-    """One published folder, as this process knows it.
+    """One published folder, as this process knows it; there may be very many, so it is one object.
 
     Attributes:
         name: of the folder.
-        record: what it says of itself.
+        model: as all that follows, what its record says.
         used: seconds since the epoch of its last use.
         uses: how often it was used, by any process, as far as that was told.
         state: what is to become of it.
@@ -77,7 +77,15 @@ class Item:
     """
 
     name: str
-    record: Record
+    model: str
+    source: str
+    version: str
+    single: str | None
+    size: int
+    fetched: float
+    fetch_seconds: float
+    bytes: int
+    digest: str
     used: float
     uses: int = 0
     state: State = State.PRESENT
@@ -88,14 +96,19 @@ class Item:
     stuck: float = 0.0
 
     @property
-    def model(self) -> str:
-        """Id of the model it was fetched for."""
-        return self.record.model
-
-    @property
-    def bytes(self) -> int:
-        """Bytes allocated for it."""
-        return self.record.bytes
+    def record(self) -> Record:
+        """What it says of itself."""
+        return Record(
+            self.model,
+            self.source,
+            self.version,
+            self.single,
+            self.size,
+            self.fetched,
+            self.fetch_seconds,
+            self.bytes,
+            self.digest,
+        )
 
 
 @attrs.define(eq=False)

@@ -19,9 +19,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
-
-import attrs
+from typing import Any, NamedTuple
 
 FORMAT = 2
 """Version of this layout; a folder with a newer one is refused, an older one is fetched again."""
@@ -37,9 +35,8 @@ _DIGITS = 20  # room for any number of bytes
 _UNREADABLE = re.compile(r"[^a-z0-9._]+")
 
 
-@attrs.frozen
-class Record:
-    """What is known of one published artifact; stored beside it.
+class Record(NamedTuple):
+    """What is known of one published artifact; stored beside it. A tuple, since there may be very many.
 
     Attributes:
         model: its id.
@@ -65,7 +62,7 @@ class Record:
 
     def to_json(self) -> str:
         """Return the text of ``record.json``; its length does not depend on ``bytes``."""
-        text = json.dumps({"format": FORMAT, **attrs.asdict(self)}, ensure_ascii=True)
+        text = json.dumps({"format": FORMAT, **self._asdict()}, ensure_ascii=True)
         return text + " " * (_DIGITS - len(str(self.bytes)))
 
     @classmethod
@@ -85,12 +82,20 @@ class Record:
         return folder / ARTIFACT if self.single is None else folder / ARTIFACT / self.single
 
 
-def _well_typed(record: Record) -> bool:
-    texts = (record.model, record.source, record.version, record.digest, "" if record.single is None else record.single)
-    numbers = (record.size, record.fetched, record.fetch_seconds, record.bytes)
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
+def _well_typed(record: tuple[Any, ...]) -> bool:  # with one look at each: there may be very many
+    model, source, version, single, size, fetched, seconds, allocated, digest = record
+    if not (
+        isinstance(model, str)
+        and isinstance(source, str)
+        and isinstance(version, str)
+        and isinstance(digest, str)
+        and isinstance(size, int | float)
+        and isinstance(fetched, int | float)
+        and isinstance(seconds, int | float)
+        and isinstance(allocated, int | float)
+    ):
         return False
-    return record.single is None or ("/" not in record.single and record.single not in {".", ".."})
+    return single is None or (isinstance(single, str) and "/" not in single and single not in {".", ".."})
 
 
 def folder_prefix(source: str, model: str) -> str:

@@ -106,7 +106,7 @@ class Publisher:
         gone = [folder for folder in debris if self._store.discard(folder)]
         if gone:
             with self._guard:
-                ids = [self._index.debris.pop(folder) for folder in gone if folder in self._index.debris]
+                ids = [folder.name for folder in gone if self._index.debris.pop(folder, None) is not None]
             self._agreed.settle(lambda book: self._let_go(book, ids))
 
     def _let_go(self, book: Book, ids: Iterable[str]) -> None:

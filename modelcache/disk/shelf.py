@@ -18,7 +18,7 @@ from modelcache.disk.opening import told
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
 from modelcache.disk.reserving import DiskRoom
-from modelcache.disk.sweeping import sweep
+from modelcache.disk.sweeping import reconcile, sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import ArtifactCorrupt, ModelCacheError
 from modelcache.events import Failed, Reason
@@ -62,6 +62,8 @@ class Shelf:
         self.index = index
         with told(store.path):
             agreed.look(patience(OPENING))
+            if reconcile(store, index.items):
+                agreed.look(patience(OPENING))
         if store.writable:
             with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
                 agreed.change(agreed.learn, patience())

@@ -14,18 +14,15 @@ import logging
 import os
 import secrets
 import shutil
-import stat
 import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
-import attrs
-
 from modelcache.disk import figures
 from modelcache.disk.book import Book, State
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, make_folder, move_aside, read_text, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, move_aside, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, RECORD, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -40,27 +37,13 @@ from modelcache.disk.opening import (
     warn,
 )
 from modelcache.disk.pins import Pin, Pins
+from modelcache.disk.published import Published, raise_short, read_record, read_whole
 from modelcache.disk.workshop import Workshop
 from modelcache.errors import AccessDenied, ConfigError
 
 _log = logging.getLogger("modelcache")
-_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_SETTLED = 2 * 10**9  # nanoseconds after which a change would have a time of its own on any file system
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-@attrs.frozen
-class Published:
-    """One published folder, as found.
-
-    Attributes:
-        name: of the folder.
-        record: what it says of itself.
-        used: seconds since the epoch of its last use.
-    """
-
-    name: str
-    record: Record
-    used: float
 
 
 class Store:
@@ -79,6 +62,7 @@ class Store:
         self.path = path
         self.mode = mode
         self.writable = True
+        self._seen = 0  # when the folder had last changed before it was listed, in nanoseconds; 0: not to be relied on
         self._models = path / "models"
         self._workshop = Workshop(path / "tmp", mode)
         self._pins: Pins = FolderPins()  # which has nothing open yet
@@ -164,12 +148,12 @@ class Store:
             OSError: the disk is full, or broken.
         """
         path = staged / RECORD
-        path.write_text(attrs.evolve(record, digest="0" * 64).to_json())
+        path.write_text(record._replace(digest="0" * 64).to_json())
         path.chmod(self.mode & 0o666)
         figures.reserve(staged, self.mode)
-        record = attrs.evolve(record, digest=digest_of(staged / ARTIFACT))
+        record = record._replace(digest=digest_of(staged / ARTIFACT))
         sync_tree(staged)
-        record = attrs.evolve(record, bytes=allocated(staged))
+        record = record._replace(bytes=allocated(staged))
         with path.open("r+") as file:  # of the same length
             file.write(record.to_json())
         sync(path)
@@ -189,17 +173,26 @@ class Store:
         with contextlib.suppress(OSError):
             (self._models / name).rename(staged)
 
-    def names(self) -> set[str] | None:
-        """Return the names of all published folders; what others put beside them is not looked at.
+    def listed(self) -> set[str] | None:
+        """Return what there is among the published folders, with what others put beside them.
 
         None where the system can't say now (no descriptor left, an I/O error).
         """
         try:
-            return {name for name in os.listdir(self._models) if is_published(name)}  # noqa: PTH208 - no Paths
+            before = os.stat(self._models).st_mtime_ns  # noqa: PTH116 - no Paths
+            self._seen = before if time.time_ns() - before > _SETTLED else 0
+            return set(os.listdir(self._models))  # noqa: PTH208 - no Paths
         except FileNotFoundError:
             return set()
         except OSError:
             return None
+
+    def changed(self) -> bool:
+        """Whether something may have been published or removed since all was listed."""
+        try:
+            return os.stat(self._models).st_mtime_ns != self._seen  # noqa: PTH116 - no Paths
+        except OSError:
+            return False
 
     def folder(self, name: str) -> Path:
         """Return where the published folder of that name lies."""
@@ -211,18 +204,7 @@ class Store:
         Raises:
             OSError: this process has no descriptor or memory left to look.
         """
-        folder = f"{self._models}/{name}"  # there may be very many: a Path would take longer than the system does
-        try:
-            status = os.lstat(folder)
-            record = Record.from_json(read_text(f"{folder}/{RECORD}"))
-            if record is None or not stat.S_ISDIR(status.st_mode):
-                return None
-            if not os.path.lexists(f"{folder}/{ARTIFACT}" + (f"/{record.single}" if record.single is not None else "")):
-                return None
-            return Published(name, record, status.st_mtime)
-        except (OSError, UnicodeDecodeError) as error:
-            _raise_short(error)
-            return None
+        return read_whole(str(self._models), name)
 
     def intact(self, record: Record, name: str) -> bool:
         """Whether a published artifact is to the byte what was unpacked; one without a digest is taken to be.
@@ -233,13 +215,15 @@ class Store:
         try:
             return not record.digest or digest_of(self._models / name / ARTIFACT) == record.digest
         except OSError as error:
-            _raise_short(error)
+            raise_short(error)
             return False
 
     def _fill(self, book: Book) -> None:
-        """Write what lies in the folders into a new ledger."""
-        found = (self.read(name) for name in sorted(self.names() or ()))  # so the tables grow at their end
-        book.add(((at.name, at.record, at.used) for at in found if at is not None), State.PRESENT, None)
+        """Write what lies in the folders into a new ledger; that an artifact is missing is noticed at its first use."""
+        names = sorted(filter(is_published, self.listed() or ()))  # so the tables grow at their end
+        models = str(self._models)
+        found = (read_record(models, name) for name in names)
+        book.add((at for at in found if at is not None), State.PRESENT, None)
 
     def exists(self, name: str) -> bool:
         """Whether there is anything of that name among the published folders."""
@@ -286,9 +270,9 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
         return not os.path.lexists(folder)
 
-    def sweep(self) -> list[str]:
-        """Delete what dead processes, and only they, left under ``tmp/``; return their names."""
-        return self._workshop.sweep() if self.writable else []
+    def sweep(self) -> dict[str, bool]:
+        """Delete what dead processes, and only they, left under ``tmp/``; return their names, and whether all went."""
+        return self._workshop.sweep() if self.writable else {}
 
     def workers(self) -> set[str]:
         """Return the names of the processes that have a temporary folder."""
@@ -310,9 +294,3 @@ class Store:
         except FileNotFoundError:  # somebody removed the folder under us: make it again
             self._prepare()
             return os.statvfs(self.path)
-
-
-def _raise_short(error: Exception) -> None:
-    """Raise what says something of this process, and nothing of the file that it wanted to read."""
-    if isinstance(error, OSError) and error.errno in _SHORT:
-        raise error

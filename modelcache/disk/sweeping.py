@@ -6,26 +6,38 @@ Folders of live processes are left alone: each has its own temporary folder lock
 import contextlib
 import functools
 import logging
+from collections.abc import Mapping
+
+import attrs
 
 from modelcache.disk.book import Book, State
+from modelcache.disk.items import Item
+from modelcache.disk.layout import is_published
 from modelcache.disk.ledger import patience
-from modelcache.disk.store import Published, Store
+from modelcache.disk.published import Published
+from modelcache.disk.store import Store
 
 _log = logging.getLogger("modelcache")
 
 
-def reconcile(store: Store) -> None:
+def reconcile(store: Store, known: Mapping[str, Item]) -> bool:
     """Take in folders that the ledger does not know, and drop what it knows and is not there.
+
+    Args:
+        store: the folder.
+        known: what the ledger said just now.
+
+    Returns:
+        Whether there was anything to correct.
 
     Raises:
         OSError: the disk is full, or broken.
     """
-    listed = store.names()
+    listed = store.listed()
     if listed is None:
-        return
-    known = store.ledger.look(Book.names)
-    found = {name: store.read(name) for name in listed - known.keys()}
-    lost = [name for name in known.keys() - listed if known[name] in {State.PRESENT, State.DOOMED}]
+        return False
+    found = {name: store.read(name) for name in listed - known.keys() if is_published(name)}
+    lost = [name for name in known.keys() - listed if known[name].state in {State.PRESENT, State.DOOMED}]
     lost = [name for name in lost if not store.exists(name)]
     fresh = [at for at in found.values() if at is not None]
     if fresh or lost:
@@ -34,6 +46,7 @@ def reconcile(store: Store) -> None:
     for name, at in found.items():
         if at is None and store.exists(name):
             _clear(store, name)
+    return bool(fresh or lost)
 
 
 def _correct(book: Book, fresh: list[Published], lost: list[str]) -> None:
@@ -67,18 +80,28 @@ def sweep(store: Store) -> None:
     swept = store.sweep()
     dead = owners.intersection(swept) | (owners - store.workers())
     for owner in dead:
+        gone = swept.get(owner, True)
         left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
         there = {name for name, _ in left if store.exists(name)}
         with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the next sweep
-            store.ledger.change(functools.partial(_bury, owner=owner, there=there), patience())
+            store.ledger.change(functools.partial(_bury, owner=owner, there=there, gone=gone), patience())
 
 
-def _bury(book: Book, owner: str, there: set[str]) -> None:
-    """Forget a dead process; what it had just published is served, what it was removing goes first."""
+def _bury(book: Book, owner: str, there: set[str], *, gone: bool) -> None:
+    """Forget a dead process; what it had just published is served, what it was removing goes first.
+
+    ``gone``: what it left is deleted; else its bytes count until they can be, but nobody waits for it.
+    """
     left = book.owned(owner)  # anew: who buried it meanwhile has given that to all, and somebody may remove it now
     arrived = [name for name, state in left if name in there and state is State.ARRIVING]
     stayed = [name for name, state in left if name in there and state is not State.ARRIVING]
     book.mark(arrived, State.PRESENT, None)
     book.mark(stayed, State.DOOMED, None)
     book.gone(name for name, _ in left if name not in there)
-    book.bury(owner)
+    for hold in book.holds() if not gone else ():
+        if hold.owner == owner:
+            book.hold(attrs.evolve(hold, source="", model="", charged=hold.reserved, wanted=0))
+    if gone:
+        book.bury(owner)
+    else:
+        book.leave(owner)

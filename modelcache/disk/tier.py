@@ -12,7 +12,7 @@ from pathlib import Path
 from modelcache.disk.ledger import OPENING, patience
 from modelcache.disk.opening import told
 from modelcache.disk.store import Store
-from modelcache.disk.sweeping import reconcile, sweep
+from modelcache.disk.sweeping import sweep
 from modelcache.errors import ConfigError
 from modelcache.policies import Policy, make_policy
 from modelcache.units import Percent, Size, parse_size
@@ -83,7 +83,6 @@ class DiskTier:
             with told(path):
                 store.ledger.look(lambda _: None, patience(OPENING))
                 sweep(store)
-                reconcile(store)
                 store.ledger.close()  # until it has a cache, nobody closes it before a fork
         except BaseException:
             store.close()

@@ -109,14 +109,14 @@ class Workshop:
         self.folder()
         return {folder.name for folder in self._root.iterdir()}
 
-    def sweep(self) -> list[str]:
-        """Delete what dead processes, and only they, left beside this folder; return the names."""
-        mine, swept = self.folder(), []
+    def sweep(self) -> dict[str, bool]:
+        """Delete what dead processes, and only they, left beside this folder; return the names, and whether it went."""
+        mine, swept = self.folder(), dict[str, bool]()
         for leftover in self._root.iterdir():
             if leftover != mine:
                 with contextlib.suppress(OSError):
                     sweep_one(leftover)
-                    swept.append(leftover.name)
+                    swept[leftover.name] = not os.path.lexists(leftover)
         return swept
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from modelcache.policies.base import Policy, Remembering, Resident, Standing, re
 from modelcache.policies.guarded import STRAY_LIMIT, Guarded
 from modelcache.policies.ranked import RANKED, Ranked
 from modelcache.policies.views import Allowed
-from modelcache.policies.worth import Worth
+from modelcache.policies.worth import Restored, Worth
 
 __all__ = [
     "STRAY_LIMIT",
@@ -22,6 +22,7 @@ __all__ = [
     "Ranked",
     "Remembering",
     "Resident",
+    "Restored",
     "Standing",
     "Worth",
     "make_policy",

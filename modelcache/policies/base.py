@@ -64,6 +64,9 @@ class Standing:
 class Policy(Protocol):
     """Ranks the models of one tier; a seam that a user may fill.
 
+    Where caches of several sources share a disk folder, each policy is told of all models there: those of its own
+    source by their ids, the others by the URL of their source, a line break, and their id.
+
     Concurrency: the tier calls all four under its lock, so never two at a time. They must not block, do I/O, log
     or call the cache. Of what they raise see :class:`Guarded`. A forked child goes on with its copy.
     """

@@ -28,6 +28,7 @@ from modelcache import (
     SourceUnavailable,
     TooLarge,
 )
+from modelcache.disk.sweeping import sweep
 from modelcache.policies import Standing, Worth
 from tests.support.fakes import Book, DictSource, MakeCache, allocated, tar
 from tests.support.waiting import WAIT, Spawn, eventually
@@ -395,7 +396,7 @@ def test_restart_with_a_smaller_budget(make_cache: MakeCache, source: DictSource
 
 
 def test_another_source_in_the_same_folder(make_cache: MakeCache, source: DictSource) -> None:
-    """Artifacts of another source are nobody's model here, but count, and give way first."""
+    """Artifacts of another source are nobody's model here, but count, and give way."""
     with make_cache(source) as first:
         bring(first, "a", "b")
         total = first.stats().disk_used
@@ -407,6 +408,28 @@ def test_another_source_in_the_same_folder(make_cache: MakeCache, source: DictSo
     assert cache.get("a").model == "a"
     assert other.opens == ["a"]
     assert cache.stats().disk_used <= total
+
+
+@pytest.mark.parametrize("policy", ["lru", "worth"])
+def test_sources_in_one_folder_give_way_by_one_order(make_cache: MakeCache, policy: str) -> None:
+    """Where two sources share a folder, the least worthy of all goes, and neither source pushes out the other first."""
+    source, other = (DictSource().add("a", "b", "c", "d") for _ in range(2))
+    other.url = "dict://other"
+    one = make_cache(source, disk={"policy": policy})
+    two = make_cache(other, disk={"policy": policy})
+    for cache, model in ((one, "a"), (two, "a"), (one, "b"), (two, "b")):
+        cache.get(model)
+        cache.unload(model)
+    for _ in range(3):
+        for cache, model in ((two, "a"), (one, "b")):
+            cache.get(model)
+            cache.unload(model)
+    two.get("c")  # tells of all that two was asked for
+    two.unload("c")
+    used = one.stats().disk_used
+    one.disk.budget = used - used // 5 - 1  # of five equal ones
+    assert (len(on_disk(one)), len(on_disk(two))) in ({(1, 2)} if policy == "lru" else {(1, 2), (2, 1)})
+    assert ("b" in on_disk(one), "a" in on_disk(two)) == (True, True)
 
 
 # What lies in the folder
@@ -476,6 +499,47 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_kept(make_cache
         assert workshop.exists()
         with make_cache(folder=disk):
             assert not workshop.exists()
+
+
+def test_leftovers_that_cannot_be_deleted_count(
+    make_cache: MakeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process left counts until it can be deleted, and nobody waits for its fetch meanwhile."""
+    disk = tmp_path / "disk"
+    source = DictSource().add("a", "b", size=100_000)
+    with child(disk) as process:
+        process.kill()
+        process.wait(WAIT)
+    with monkeypatch.context() as patch:
+        patch.setattr("modelcache.disk.files.shutil.rmtree", lambda *_args, **_settings: None)
+        cache = make_cache(source, folder=disk)
+        cache.get("b")
+        left = cache.stats().disk_used
+        assert left > allocated(disk)
+        cache.get("a")
+    sweep(cache.disk.store)
+    cache.get("b")
+    assert eventually(lambda: cache.stats().disk_used == allocated(disk))
+
+
+def test_leftovers_count_in_a_new_ledger(
+    make_cache: MakeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this process could not delete yet counts also once the ledger was lost, until it is deleted."""
+    disk = tmp_path / "disk"
+    cache = make_cache(DictSource().add("a", "b", "c", size=100_000), folder=disk)
+    bring(cache, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.disk.store, "discard", lambda _folder: False)
+        cache.delete("a")
+        left = cache.stats().disk_used
+        assert left > allocated(disk) == 0
+        for file in disk.glob("ledger*"):
+            file.unlink()
+        bring(cache, "b")
+        assert cache.stats().disk_used == left + allocated(disk)
+    bring(cache, "c")
+    assert cache.stats().disk_used == allocated(disk)
 
 
 def test_files_that_another_process_has_leased_stay(make_cache: MakeCache, tmp_path: Path) -> None:
@@ -712,6 +776,32 @@ def test_f029_filled_read_only_file_system(mounted: Path, source: DictSource) ->
         cache.unload("a")
         assert cache.get("a") == "artifact"
         assert sorted(source.opens) == ["a", "b"]
+
+
+def test_read_only_cache_learns_what_is_published_later(mounted: Path, tmp_path: Path, source: DictSource) -> None:
+    """A cache that can only read its folder serves what another publishes after its start, and forgets the rest."""
+    view = tmp_path / "view"
+    view.mkdir()
+    writer = ModelCache(source, lambda path: path.name, disk=DiskTier(mounted / "in", min_free=0))
+    bring(writer, "a")
+    subprocess.run(["mount", "--bind", mounted, view], check=True, capture_output=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", view], check=True, capture_output=True)
+        with ModelCache(source, lambda path: path.name, disk=DiskTier(view / "in"), retry_after=0) as reader:
+            assert on_disk(reader) == ["a"]
+            with pytest.raises(AccessDenied, match="only be read"):
+                reader.get("b")
+            bring(writer, "b")
+            assert reader.get("b") == "artifact"
+            assert reader.unload("b")
+            assert writer.delete("b")
+            bring(writer, "c")
+            assert on_disk(reader) == ["a", "c"]
+            with pytest.raises(AccessDenied, match="only be read"):
+                reader.get("b")
+    finally:
+        subprocess.run(["umount", view], check=True, capture_output=True)
+        writer.close()
 
 
 @needs_root

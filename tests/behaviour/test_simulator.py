@@ -113,6 +113,16 @@ def test_disk_that_hears_of_hits_keeps_what_memory_keeps() -> None:
     assert waits == [3 * 2, 4 * 2]
 
 
+def test_disk_that_hears_of_leaving_keeps_what_has_left_memory() -> None:
+    """Where to leave memory counts as a request, the artifact of what left last is fetched again later."""
+    trace = trace_of("abca", a=1, b=1, c=1)
+    waits = [
+        replay_two(trace, Tier(ours("lru"), 1), Tier(ours("lru"), 2), tells_leaving=hears).fetches
+        for hears in (False, True)
+    ]
+    assert waits == [4 * 2, 3 * 2]
+
+
 def test_pinned_artifacts_stay() -> None:
     """Where models in memory keep their artifacts, memory gives one up for a fetch that finds no other room."""
     trace = trace_of("aba", a=1, b=1)

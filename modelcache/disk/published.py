@@ -1,0 +1,60 @@
+"""What a published folder says of itself, read from it; there may be very many, so with as few calls as that takes.
+
+What is made of it is ``disk.store``.
+"""
+
+import errno
+import os
+import stat
+from typing import NamedTuple
+
+from modelcache.disk.files import read_text
+from modelcache.disk.layout import ARTIFACT, RECORD, Record
+
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+class Published(NamedTuple):
+    """One published folder, as found.
+
+    Attributes:
+        name: of the folder.
+        record: what it says of itself.
+        used: seconds since the epoch of its last use.
+    """
+
+    name: str
+    record: Record
+    used: float
+
+
+def read_record(models: str, name: str) -> Published | None:
+    """Return a published folder, by its record alone; None where it is gone, damaged or not ours to trust.
+
+    Raises:
+        OSError: this process has no descriptor or memory left to look.
+    """
+    folder = f"{models}/{name}"  # a Path would take longer than the system does
+    try:
+        status = os.lstat(folder)
+        record = Record.from_json(read_text(f"{folder}/{RECORD}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise_short(error)
+        return None
+    return Published(name, record, status.st_mtime) if record is not None and stat.S_ISDIR(status.st_mode) else None
+
+
+def read_whole(models: str, name: str) -> Published | None:
+    """Return a published folder whose artifact is there; else as ``read_record``."""
+    found = read_record(models, name)
+    if found is None:
+        return None
+    single = found.record.single
+    there = os.path.lexists(f"{models}/{name}/{ARTIFACT}" + (f"/{single}" if single is not None else ""))
+    return found if there else None
+
+
+def raise_short(error: Exception) -> None:
+    """Raise what says something of this process, and nothing of the file that it wanted to read."""
+    if isinstance(error, OSError) and error.errno in _SHORT:
+        raise error

@@ -13,6 +13,20 @@ from modelcache.gauges.host import HostGauge
 from modelcache.gauges.limits import LIMIT_SECONDS
 from modelcache.gauges.process import ProcessGauge
 
+
+def default_gauge() -> Gauge:
+    """Return the gauge of a tier that is given none: the container's where a cgroup limits it, else the process's.
+
+    It is decided once: a limit that is set later is the process's.
+    """
+    container = ContainerGauge()
+    try:
+        limited = container.limited
+    except OSError:  # no descriptor left to look with
+        limited = False
+    return container if limited else ProcessGauge()
+
+
 __all__ = [
     "LIMIT_SECONDS",
     "ContainerGauge",
@@ -22,4 +36,5 @@ __all__ = [
     "Reading",
     "SafeGauge",
     "check_reading",
+    "default_gauge",
 ]

@@ -92,11 +92,11 @@ class Evictor(Generic[T]):
             return
         judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
         with self._guard:
-            freed, grain = before.reading.used - after.reading.used, self._grain(after, batch)
+            freed, grain = before.reading.mine - after.reading.mine, self._grain(after, batch)
             missing = self.futility.missing(seen, freed, explained, grain) if judged and not collected else 0
             last = self.futility.verging
         if missing:
-            collected, after = self._search(missing, after.reading.used, last=last)
+            collected, after = self._search(missing, after.reading.mine, last=last)
         if after.reading is None:
             return
         event = Reclaimed(
@@ -106,7 +106,7 @@ class Evictor(Generic[T]):
             reason=reason,
             duration=time.monotonic() - started,
             promised=promised,
-            freed=before.reading.used - after.reading.used,
+            freed=before.reading.mine - after.reading.mine,
             models=len(models),
             collected=collected,
             **_figures(after),
@@ -131,11 +131,14 @@ class Evictor(Generic[T]):
         return max(limits.high // _GRAIN, sizes[len(sizes) // 2] * 7 // 8)
 
     def _search(self, missing: int, used: int, *, last: bool) -> tuple[bool, Limits]:
-        """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then."""
+        """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then.
+
+        ``used``: bytes that this process had before.
+        """
         searched = self._unloader.search(last=last)
         after = self._tier.limits()
         if searched and after.reading is not None:
-            self._unloader.judge_search(helped=(used - after.reading.used) * _WORTH_IT >= missing)
+            self._unloader.judge_search(helped=(used - after.reading.mine) * _WORTH_IT >= missing)
         return searched, after
 
     def _pressure(self, limits: Limits) -> Pressure:

@@ -35,7 +35,9 @@ from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.garbage import Garbage
+from modelcache.memory.giving import Giving
 from modelcache.memory.measuring import Measuring
+from modelcache.memory.neighbours import Neighbours
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import MemoryTier
@@ -90,13 +92,19 @@ class Machinery(Generic[T]):
         self.history: History[T] = History(self.residents, self.memory.policy, self.guard)
         self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller, garbage)
         self.evictor: Evictor[T] = Evictor(self.memory, self.residents, self.guard, self.unloader, self.teller)
+        self.disk.bind(self.source.url, self._disk_retuned)
+        self.neighbours: Neighbours[T] = Neighbours(
+            self.memory, self.residents, choosing, self.guard, self.evictor, self.disk.store
+        )
+        self.giving: Giving[T] = Giving(self.memory, self.residents, self.guard, self.evictor, self.neighbours)
+        self.neighbours.heard = self._give_way
+        tier, residents, guard = self.memory, self.residents, self.guard
         self.room: Room[T] = Room(
-            self.memory, self.residents, choosing, self.guard, self.unloader, self.evictor, garbage, self.teller
+            tier, residents, choosing, guard, self.unloader, self.evictor, garbage, self.teller, self.neighbours
         )
         admission: Admission[T] = Admission(
-            self.memory, self.residents, choosing, self.guard, self.evictor, self.unloader, garbage
+            tier, residents, choosing, guard, self.evictor, self.unloader, garbage, self.neighbours
         )
-        self.disk.bind(self.source.url, self._disk_retuned)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
@@ -128,11 +136,18 @@ class Machinery(Generic[T]):
             size_of=size_of,
             closed=lambda: self.closed,
             landed=self.monitor.start,
+            ended=self.neighbours.settle,
             requeue=lambda flight: self.give_to_worker(flight, urgent=False, first=True),
         )
 
     def _look(self) -> bool:
         return self.look()
+
+    def _give_way(self) -> None:
+        """Another process under the same memory limit lacks room."""
+        self.giving.answer()
+        self.report_policies()
+        self.teller.drop()
 
     def pass_on(self) -> None:
         """At the end of a verb: log what users' policies did wrong, raise an interrupt kept from user code."""
@@ -260,6 +275,7 @@ class Machinery(Generic[T]):
             left = self.residents.entries() or self.residents.leaving or self.flights.active
         if left:
             return False
+        self.neighbours.close()
         self.shelf.close()
         self.monitor.stop()
         self.ended()
@@ -272,6 +288,8 @@ class Machinery(Generic[T]):
         self.workers.reset_after_fork()
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
+        self.neighbours.reset_after_fork()
+        self.giving.reset_after_fork()
         entries = self.residents.reset_after_fork(me(), self._inherited or [])
         self.shelf.reset_after_fork(entry.keeps for entry in entries if isinstance(entry.keeps, Held))
         self._inherited = entries

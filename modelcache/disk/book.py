@@ -18,7 +18,7 @@ import attrs
 from modelcache.disk.layout import Record
 from modelcache.policies.worth import HALVED_ABOVE, REMEMBERED
 
-VERSION = 1
+VERSION = 2
 """Of the tables; a ledger with another one is made anew from the folders."""
 
 _ASK = """
@@ -54,6 +54,7 @@ CREATE TABLE requests(
 ) WITHOUT ROWID;
 CREATE INDEX asked ON requests(source, seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
+CREATE TABLE memory(owner TEXT PRIMARY KEY, scope TEXT, account TEXT) WITHOUT ROWID;
 PRAGMA user_version = {version};
 """
 
@@ -147,10 +148,11 @@ class Book:
 
     Attributes:
         undo: what is called, under the guard, where the transaction fails.
+        sql: runs a statement; for tables that another module knows.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._sql = connection.execute
+        self._sql = self.sql = connection.execute
         self._many = connection.executemany
         self._seq: int | None = None
         self.undo: list[Callable[[], object]] = []
@@ -287,6 +289,7 @@ class Book:
         """Forget a process that is dead, and all that was set aside for it."""
         self._sql("DELETE FROM holds WHERE owner = ?", (owner,))
         self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+        self._sql("DELETE FROM memory WHERE owner = ?", (owner,))
 
 
 _columns = operator.attrgetter(*(field.name for field in attrs.fields(Record)))  # astuple takes ten times as long

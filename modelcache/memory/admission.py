@@ -16,9 +16,11 @@ from modelcache.events import Reason
 from modelcache.guard import Guard
 from modelcache.identity import me
 from modelcache.memory.choosing import Choosing
+from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.footprints import Plan
 from modelcache.memory.garbage import Garbage
+from modelcache.memory.neighbours import Neighbours, Verdict
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
@@ -84,6 +86,7 @@ class Admission(Generic[T]):
         evictor: carries out evictions.
         unloader: collects cycles.
         garbage: gives heap back.
+        neighbours: other processes under the same limit.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Admission(Generic[T]):
         evictor: Evictor[T],
         unloader: Unloader[T],
         garbage: Garbage,
+        neighbours: Neighbours[T],
     ) -> None:
         self._tier = tier
         self._residents = residents
@@ -103,6 +107,7 @@ class Admission(Generic[T]):
         self._evictor = evictor
         self._unloader = unloader
         self._garbage = garbage
+        self._neighbours = neighbours
         self._solo: tuple[object, float] = (None, 0.0)  # who loads alone now, and until when others leave it so
 
     def admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
@@ -126,11 +131,12 @@ class Admission(Generic[T]):
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
         residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
-        since, tidy, choose, vain = time.monotonic(), 0.0, self._choosing.choose, self._evictor.vain
+        since, tidy, verdict = time.monotonic(), 0.0, None
         while True:
             last = False  # whether it is refused next
             churn = residents.churn
             applicant.state = "loading"
+            self._neighbours.look()
             limits = self._tier.limits()
             plan = _sober(plan, limits)
             _refuse_too_large(applicant.model, plan, limits)
@@ -140,22 +146,17 @@ class Admission(Generic[T]):
                 shortage = self._choosing.newcomer(limits, need, plan.resident)
                 turn = applicant.nested or applicant.first(residents.line)
                 clear = self._clear(token, plan, since, nested=applicant.nested)
-                if turn and clear and shortage.fits and not self._leaving(applicant, applicant.model):
-                    crowded = self._others_load(applicant)
-                    residents.reserved[token] = attrs.evolve(plan, peak=need, thread=me())
-                    if plan.alone:
-                        self._solo = (token, time.monotonic() + _PATIENCE)
-                    applicant.refused(None)
-                    residents.churn += 1
-                    return limits, -1 if crowded else churn + 1
+                fits = turn and clear and shortage.fits and not self._leaving(applicant, applicant.model)
+                crowded = fits and self._reserve(applicant, token, attrs.evolve(plan, peak=need, thread=me()))
                 looked = token in residents.line  # only from now on a release sees that somebody waits
                 residents.line[token] = None
                 residents.update_short()
                 stopped = shortage.over_high > 0 and self._evictor.stopped()
-                able = looked and turn and clear and not stopped
-                victims = choose(shortage, most, whole=True, least=vain(limits)) if able else []
+                able = looked and turn and clear and not stopped and not fits
+                asks = able and verdict is None and self._neighbours.apply(shortage)
+                victims = self._choose(shortage, limits, most, verdict) if able and not asks else []
                 self._evictor.announce(victims, shortage, applicant.model)
-                if looked and not victims:
+                if looked and not victims and not asks and not fits:
                     if not bare and turn and self._may_go_bare(applicant, since):
                         bare = True
                     else:
@@ -165,9 +166,16 @@ class Admission(Generic[T]):
                         losses = losses + 1 if lost else 0
                         last = losses == 1 and shortage.over_high > 0 and not residents.holding_threads()
                         self._wait(applicant, plan, shortage, losses=losses, rows=rows)
+            if fits:
+                if self._neighbours.claim():
+                    return limits, -1 if crowded else churn + 1
+                self._take_back(token)
+            verdict = self._neighbours.ask(shortage, applicant.model, applicant.check) if asks else None
+            if verdict is Verdict.LOOK:
+                verdict = None
             if last:
                 self._unloader.search(last=True)
-            elif not victims and shortage.over_high > 0 and time.monotonic() >= tidy:
+            elif not victims and not asks and not fits and shortage.over_high > 0 and time.monotonic() >= tidy:
                 self._unloader.collect(urgent=True)  # dead cycles and freed heap look used, but cost no eviction
                 self._garbage.give_back()
                 tidy = time.monotonic() + _TIDY
@@ -176,6 +184,31 @@ class Admission(Generic[T]):
                 self._evictor.evict(victims, limits, shortage.reason)
                 if shortage.over_high > 0:
                     self._unloader.collect(urgent=True)
+
+    def _reserve(self, applicant: Applicant, token: object, plan: Plan) -> bool:
+        """Set aside what a load takes; return whether others are under way beside it."""
+        crowded = self._others_load(applicant)
+        self._residents.reserved[token] = plan
+        if plan.alone:
+            self._solo = (token, time.monotonic() + _PATIENCE)
+        applicant.refused(None)
+        self._residents.churn += 1
+        return crowded
+
+    def _take_back(self, token: object) -> None:
+        """Set it aside no longer: another process was faster."""
+        with self._guard:
+            self._residents.reserved.pop(token, None)
+            self._residents.churn += 1
+            self._guard.notify()
+
+    def _choose(self, shortage: Shortage, limits: Limits, most: int, verdict: Verdict | None) -> list[Entry[T]]:
+        """Choose who goes here: one where it is the least worthy of all processes', after which they are asked anew."""
+        if verdict is Verdict.WAIT:
+            return []
+        if verdict is Verdict.OWN:
+            return self._choosing.choose(shortage, 1, stepwise=True)
+        return self._choosing.choose(shortage, most, whole=True, least=self._evictor.vain(limits))
 
     def _clear(self, token: object, plan: Plan, since: float, *, nested: bool) -> bool:
         """Whether nobody is to be left alone: neither another load that is measured, nor, by others, this one.
@@ -231,13 +264,15 @@ class Admission(Generic[T]):
             interval = _LOOK if len(self._residents.line) > 1 else 0.0
         if plan.alone or self._solo[0]:
             interval = min(interval, _PATIENCE)
-        if ending:
+        if ending or (shortage.over_high > 0 and self._neighbours.hopeful):
             interval = min(interval, _LOOK)
         self._guard.wait(interval)
 
     def _lost(self, applicant: Applicant, shortage: Shortage, *, turn: bool) -> bool:
         """Whether nothing that others do will make room; the guard is held."""
         if shortage.fits or self._leaving(applicant) or not applicant.hopeless():
+            return False
+        if self._neighbours.apply(shortage) and self._neighbours.hopeful:
             return False
         own = applicant.own_threads() & self._residents.holding_threads()
         mine = turn or bool(own)  # else the head of the line decides

@@ -22,6 +22,7 @@ T = TypeVar("T")
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
 _VAIN = 16  # no more than this share of ``high`` is asked for since less was promised in vain
 _GRAIN = 64  # less than this share of ``high`` tells nothing: small models leave holes in a heap that stays
+_MEASURED = {Reason.WATERMARK, Reason.NEIGHBOUR}  # reasons for which the gauge is to fall
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 
@@ -82,7 +83,7 @@ class Evictor(Generic[T]):
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
             booked = self._residents.occupied()
-        collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
+        collected = self._unloader.carry_out(victims, trim=reason in _MEASURED)
         batch = [entry for entry in batch if entry.begun and entry.retirer is me()]  # the others were asked for again
         promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
         seen = promised - sum(0 if entry.inherited else entry.latent for entry in batch)
@@ -90,7 +91,7 @@ class Evictor(Generic[T]):
         after = self._tier.limits()
         if before.reading is None or after.reading is None or not batch:
             return
-        judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
+        judged = reason in _MEASURED and seen > 0 and before.reading.used >= booked  # else it need not fall
         with self._guard:
             freed, grain = before.reading.mine - after.reading.mine, self._grain(after, batch)
             missing = self.futility.missing(seen, freed, explained, grain) if judged and not collected else 0

@@ -14,6 +14,7 @@ from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.garbage import Garbage
+from modelcache.memory.neighbours import Neighbours, Verdict
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import MemoryTier
@@ -35,6 +36,7 @@ class Room(Generic[T]):
         evictor: carries out evictions.
         garbage: gives heap back.
         teller: takes events.
+        neighbours: other processes under the same limit.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Room(Generic[T]):
         evictor: Evictor[T],
         garbage: Garbage,
         teller: Teller,
+        neighbours: Neighbours[T],
     ) -> None:
         self._tier = tier
         self._residents = residents
@@ -56,6 +59,7 @@ class Room(Generic[T]):
         self._evictor = evictor
         self._garbage = garbage
         self._teller = teller
+        self._neighbours = neighbours
 
     def enforce(self) -> None:
         """Evict what the limits demand now; returns once all that must go, and may, is gone, or it does not help."""
@@ -80,8 +84,11 @@ class Room(Generic[T]):
         """
         residents, most, trimmed, floor = self._residents, 1, False, None
         crossed: Shortage | None = None
+        verdict: Verdict | None = None
         while True:
             limits = self._tier.limits()
+            if outside and limits.reading is not None and limits.reading.used > limits.high:
+                self._neighbours.look()
             with self._guard:
                 residents.drain()
                 shortage = self._choosing.present(limits, reserved=not outside, floor=floor)
@@ -94,19 +101,26 @@ class Room(Generic[T]):
                         return
                     continue
                 trim = not trimmed and shortage.over_high > 0  # freed heap looks used, but costs no eviction
-                victims = [] if trim else self._choosing.choose(shortage, most, stepwise=outside)
-                if outside and crossed is None and not trim and shortage.over_high > residents.deficit:
+                deficit = residents.deficit + self._neighbours.deficit
+                if outside and crossed is None and not trim and shortage.over_high > deficit:
                     floor = limits.low
+                asks = outside and not trim and verdict is None and self._neighbours.apply(shortage)
+                victims = [] if trim or asks else self._choosing.choose(shortage, most, stepwise=outside)
                 crossed = crossed if trim or shortage.fits else shortage
                 self._evictor.announce(victims, crossed or shortage, None)
-                if not victims and not trim and self._settled(shortage):
+                if not victims and not trim and not asks and self._settled(shortage):
                     return
+            verdict = self._neighbours.ask(shortage, None, _no_check, common=True) if asks else None
+            if verdict is Verdict.HELPED:
+                return  # whoever has asked goes on
+            if verdict is Verdict.LOOK:
+                verdict = None
             if trim:
                 trimmed = True
                 self._unloader.collect(urgent=not outside)
                 self._garbage.give_back()
             elif victims:
-                most *= 2
+                most = most * 2 if verdict is not Verdict.OWN else 1
                 self._evictor.evict(victims, limits, shortage.reason)
 
     def _settled(self, shortage: Shortage) -> bool:
@@ -201,3 +215,7 @@ class Room(Generic[T]):
         if found:
             self._evictor.carry_out(victims)
         return found
+
+
+def _no_check() -> None:
+    """Stop for nothing."""

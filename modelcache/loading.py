@@ -58,8 +58,7 @@ class Loader(Generic[T]):
         load: the user's loader, called with path and model.
         size_of: the user's estimate, called with model and path; None where there is none.
         closed: whether the cache is closed.
-        landed: called after each load, outside the guard.
-        ended: called after each load, whether it went well or not, outside the guard.
+        landed, ended: called after each load, outside the guard; the second also where it failed.
         requeue: has some thread of the cache run a flight later, as its own was needed for a request.
     """
 
@@ -197,8 +196,7 @@ class Loader(Generic[T]):
         check_cancelled(flight)
         limits, churn = self.admission.admit(trip, flight, plan)
         flight.state = "loading"
-        scale = self.measuring.begin(plan, churn, limits.reading)
-        flight.scale = scale
+        scale = flight.scale = self.measuring.begin(plan, churn, limits.reading)
         started = time.monotonic()
         value = self._load(flight, plan, found.path)
         duration = time.monotonic() - started

@@ -31,6 +31,7 @@ from modelcache.hooks import Hooks
 from modelcache.identity import me
 from modelcache.loading import Loader
 from modelcache.memory.admission import Admission
+from modelcache.memory.asking import Appeal
 from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
@@ -93,18 +94,13 @@ class Machinery(Generic[T]):
         self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller, garbage)
         self.evictor: Evictor[T] = Evictor(self.memory, self.residents, self.guard, self.unloader, self.teller)
         self.disk.bind(self.source.url, self._disk_retuned)
-        self.neighbours: Neighbours[T] = Neighbours(
-            self.memory, self.residents, choosing, self.guard, self.evictor, self.disk.store
-        )
-        self.giving: Giving[T] = Giving(self.memory, self.residents, self.guard, self.evictor, self.neighbours)
-        self.neighbours.heard = self._give_way
-        tier, residents, guard = self.memory, self.residents, self.guard
-        self.room: Room[T] = Room(
-            tier, residents, choosing, guard, self.unloader, self.evictor, garbage, self.teller, self.neighbours
-        )
-        admission: Admission[T] = Admission(
-            tier, residents, choosing, guard, self.evictor, self.unloader, garbage, self.neighbours
-        )
+        tier, residents, guard, evictor = self.memory, self.residents, self.guard, self.evictor
+        self.neighbours: Neighbours[T] = Neighbours(tier, residents, choosing, guard, evictor, self.disk.store)
+        self.giving: Giving[T] = Giving(tier, residents, guard, evictor, self.neighbours, self.teller)
+        self.appeal: Appeal[T] = Appeal(self.neighbours, tier, guard, self.giving.answer)
+        common = tier, residents, choosing, guard
+        self.room: Room[T] = Room(*common, self.unloader, evictor, garbage, self.teller, self.appeal)
+        admission: Admission[T] = Admission(*common, evictor, self.unloader, garbage, self.appeal)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
@@ -142,12 +138,6 @@ class Machinery(Generic[T]):
 
     def _look(self) -> bool:
         return self.look()
-
-    def _give_way(self) -> None:
-        """Another process under the same memory limit lacks room."""
-        self.giving.answer()
-        self.report_policies()
-        self.teller.drop()
 
     def pass_on(self) -> None:
         """At the end of a verb: log what users' policies did wrong, raise an interrupt kept from user code."""
@@ -288,8 +278,8 @@ class Machinery(Generic[T]):
         self.workers.reset_after_fork()
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
-        self.neighbours.reset_after_fork()
-        self.giving.reset_after_fork()
+        for each in (self.neighbours, self.giving, self.appeal):
+            each.reset_after_fork()
         entries = self.residents.reset_after_fork(me(), self._inherited or [])
         self.shelf.reset_after_fork(entry.keeps for entry in entries if isinstance(entry.keeps, Held))
         self._inherited = entries

@@ -34,7 +34,7 @@ class Bell:
         self._begin()
 
     def _begin(self) -> None:
-        # guards which pipe is open, and that one thread reads it: making it (mkfifo, open) is all that happens under it.
+        # guards which pipe is open, and that one thread reads it: making it (mkfifo, open) is all that happens under it
         self._lock = threading.RLock()
         self._path: Path | None = None
         self._stop: threading.Event | None = None

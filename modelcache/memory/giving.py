@@ -3,7 +3,7 @@
 How one asks for that is ``memory.neighbours``.
 """
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import attrs
 
@@ -17,6 +17,7 @@ from modelcache.memory.neighbours import Neighbours, lowest
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import MemoryTier
+from modelcache.telling import Teller
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class _Promise:
 
     to: str
     account: Account
-    entry: Entry[object]
+    entry: Entry[Any]
 
 
 class Giving(Generic[T]):
@@ -47,6 +48,7 @@ class Giving(Generic[T]):
         guard: the cache's lock.
         evictor: carries out evictions.
         neighbours: the other processes.
+        teller: has kept what callbacks raised.
     """
 
     def __init__(
@@ -56,13 +58,21 @@ class Giving(Generic[T]):
         guard: Guard,
         evictor: Evictor[T],
         neighbours: Neighbours[T],
+        teller: Teller,
     ) -> None:
         self._tier = tier
         self._residents = residents
         self._guard = guard
         self._evictor = evictor
         self._neighbours = neighbours
+        self._teller = teller
         self._answering = self._again = False
+        neighbours.heard = self._heard
+
+    def _heard(self) -> None:
+        """Answer, on the bell's thread, on which nobody could catch what a callback raises."""
+        self.answer()
+        self._teller.drop()
 
     def reset_after_fork(self) -> None:
         """In a child: nobody has asked us yet."""

@@ -1,11 +1,10 @@
-"""The processes that share a memory limit, as this one knows them; what it tells them, and how it asks for room.
+"""The processes that share a memory limit, as this one knows them, and what it tells them of itself.
 
 They share a gauge's limit (``Gauge.shared``) and a disk folder, in whose ledger each has its account. Nothing is looked
-at there but by a load, and where memory is short; what is asked for wakes the others by their bells. Giving way to
-another process is ``memory.giving``.
+at there but by a load, and where memory is short. Asking the others for room is ``memory.asking``, giving way to them
+``memory.giving``.
 """
 
-import enum
 import sqlite3
 import time
 from collections.abc import Callable
@@ -34,22 +33,6 @@ R = TypeVar("R")
 
 _PATIENCE = 1.0  # seconds that the ledger is waited for while another process is in the middle of a change
 _REST = 5.0  # seconds for which each process is for itself after the ledger could not be had
-_INTERVALS = 2  # of the monitor: the others are waited for no longer than that
-
-
-class Verdict(enum.Enum):
-    """What came of asking the others."""
-
-    LOOK = enum.auto()
-    """They have given way: look at the gauge again."""
-    HELPED = enum.auto()
-    """Another process had asked for the same, and was answered."""
-    OWN = enum.auto()
-    """The least worthy model is this process's own."""
-    LATE = enum.auto()
-    """They did not answer in time: each for itself."""
-    WAIT = enum.auto()
-    """All that may go, here and there, does not suffice."""
 
 
 class Neighbours(Generic[T]):
@@ -69,6 +52,7 @@ class Neighbours(Generic[T]):
         looks: how often the ledger was looked at or written to.
         others: what those that live have said, at the last look.
         heard: what is done when somebody rings; set once.
+        rings: how often somebody has rung, as counted under the guard once it was heard.
     """
 
     def __init__(
@@ -97,9 +81,7 @@ class Neighbours(Generic[T]):
         """In a child: what the parent has told is not ours; it joins with its own first load."""
         self._bell.reset_after_fork()
         self._joined = ("", "")  # scope, and owner under which the others know this process
-        self._asking = False
-        self._silent: dict[str, float] = {}  # who did not answer in time, and when it last had
-        self._rings = 0
+        self.rings = 0
         self._ended = 0
         self._told = 0
         self._resting = 0.0
@@ -109,8 +91,6 @@ class Neighbours(Generic[T]):
         self.others: dict[str, Account] = {}
         self.deficit = 0
         self._choosing.elsewhere = 0
-
-    # The ledger
 
     @property
     def scope(self) -> str | None:
@@ -153,9 +133,13 @@ class Neighbours(Generic[T]):
             return
         if self._joined != (scope, self._store.owner) and not self._join(scope):
             return
-        rows = self._run(lambda: self._store.ledger.look(lambda book: read_accounts(book, scope)))
+        rows = self.read(scope)
         if rows is not None:
             self._take(rows)
+
+    def read(self, scope: str) -> dict[str, Account] | None:
+        """Return what all have said, the dead too; None where that can't be had."""
+        return self._run(lambda: self._store.ledger.look(lambda book: read_accounts(book, scope)))
 
     def _join(self, scope: str) -> bool:
         self._leave()
@@ -210,10 +194,8 @@ class Neighbours(Generic[T]):
             self.heard()
         finally:
             with self._guard:
-                self._rings += 1
+                self.rings += 1
                 self._guard.notify()
-
-    # What this process says
 
     def account(self) -> tuple[Account, Entry[T] | None]:
         """Return what is to be said of this process now, and its least worthy model; the guard is held."""
@@ -282,8 +264,6 @@ class Neighbours(Generic[T]):
             self._told = reserved
         self.change(lambda book: self.tell(book, scope))
 
-    # What it asks for
-
     def apply(self, shortage: Shortage) -> bool:
         """Whether others can help: what lacks is the limit's, not a budget's of this process; the guard is held."""
         return bool(self.others) and shortage.over_high > 0 and shortage.over_budget <= 0 and shortage.over_count <= 0
@@ -293,114 +273,11 @@ class Neighbours(Generic[T]):
         """Whether others have models, or load some, so that room may come from them; the guard is held."""
         return any(account.held or account.reserved or account.giving for account in self.others.values())
 
-    def ask(
-        self, shortage: Shortage, for_model: str | None, check: Callable[[], None], *, common: bool = False
-    ) -> Verdict:
-        """Ask the others for room, and wait until the least worthy model of all has left, or is known to be ours.
-
-        Args:
-            shortage: what is lacking.
-            for_model: what would be loaded.
-            check: raises to stop; called with the guard held.
-            common: all use is too much: then only one process asks, and the others help.
-        """
-        scope, owner = self._joined
-        with self._guard:
-            if self._asking or not owner:
-                return Verdict.OWN
-            self._asking = True
-        asked = time.monotonic()
-        fields = {"asked": asked, "wants": shortage.over_high, "common": common, "for_model": for_model}
-        try:
-            rows = self.change(lambda book: self._post(book, scope, {**fields, "figures": shortage.figures}))
-            if rows is None:
-                return Verdict.LATE
-            if not rows[owner].wants:
-                self.heard()
-                return Verdict.HELPED
-            try:
-                for name in rows.keys() - {owner}:
-                    self.ring(name)
-                return self._await(scope, asked, check)
-            finally:
-                self.change(lambda book: self.tell(book, scope, **_NOTHING))
-        finally:
-            with self._guard:
-                self._asking = False
-
-    def _post(self, book: Book, scope: str, fields: dict[str, Any]) -> dict[str, Account]:
-        """Ask, unless somebody has asked for the same."""
-        others = self.living(read_accounts(book, scope))
-        if fields["common"] and any(row.common and row.wants > 0 for row in others.values()):
-            return self.tell(book, scope)
-        self._silent = {name: at for name, at in self._silent.items() if name in others and others[name].answered == at}
-        return self.tell(book, scope, **fields, without=tuple(self._silent))
-
-    def _await(self, scope: str, asked: float, check: Callable[[], None]) -> Verdict:
-        until, rung = asked + _INTERVALS * self._tier.interval, set[tuple[str, float]]()
-        _, owner = self._joined
-        while True:
-            with self._guard:
-                seen = self._rings
-            rows = self._run(lambda: self._store.ledger.look(lambda book: read_accounts(book, scope)))
-            if rows is None:
-                return Verdict.LATE
-            heard = {name: row for name, row in self.living(rows).items() if self._silent.get(name) != row.answered}
-            verdict = weigh(rows.get(owner), heard, asked, owner)
-            if verdict is not None:
-                return verdict
-            if time.monotonic() >= until:
-                self._silent |= {name: row.answered for name, row in heard.items() if _owes(row, asked)}
-                return Verdict.LATE
-            best = lowest(heard)
-            if (
-                best
-                and not any(_owes(row, asked) for row in heard.values())
-                and (best, heard[best].answered) not in rung
-            ):
-                rung.add((best, heard[best].answered))  # it had left it to another one, whose worth has changed since
-                self.ring(best)
-            with self._guard:
-                while self._rings == seen and (left := until - time.monotonic()) > 0:
-                    check()
-                    self._guard.wait(left)
-
 
 _ASKING = ("giving", "asked", "wants", "common", "for_model", "without", "figures")
-_NOTHING: dict[str, Any] = {"asked": 0.0, "wants": 0, "common": False, "for_model": None, "without": (), "figures": {}}
-
-
-def _owes(row: Account, asked: float) -> bool:
-    """Whether an answer is still to come."""
-    return row.answered < asked or row.giving > 0
 
 
 def lowest(rows: dict[str, Account]) -> str | None:
     """Return who has the least worthy model; None where nobody has one that may go."""
     ranked = [(row.rank, name) for name, row in rows.items() if row.rank is not None]
     return min(ranked)[1] if ranked else None
-
-
-def weigh(mine: Account | None, others: dict[str, Account], asked: float, owner: str) -> Verdict | None:
-    """Return what the answers so far come to; None: more are to come.
-
-    Args:
-        mine: what this process has said, less what it was promised; None: it is not known any more.
-        others: what those said that answer.
-        asked: when they were asked.
-        owner: this process.
-    """
-    if mine is None:
-        return Verdict.LATE
-    if any(row.giving for row in others.values()):
-        return None
-    if mine.wants <= 0:
-        return Verdict.LOOK
-    if any(_owes(row, asked) for row in others.values()):
-        return None
-    if not mine.common and mine.wants > mine.idle + sum(row.idle for row in others.values()):
-        return Verdict.WAIT
-    best = lowest({**others, owner: mine})
-    if best is None:
-        return Verdict.WAIT
-    return Verdict.OWN if best == owner else None

@@ -21,6 +21,7 @@ from tests.support.waiting import eventually
 # A process that does what it is told, line by line. Models are of 100 bytes, of 1,000 that all may use together.
 WORKER = """
     import json
+    INTERVAL = 0.4
     folder, name, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     use, alive = folder / "use", {}
     from modelcache.gauges import Reading
@@ -54,10 +55,15 @@ WORKER = """
 
     use.mkdir(exist_ok=True)
     book()
-    gauge, evicted, failed = Together(), [], []
-    memory = {"high": "100%", "interval": 0.2, "policy": "lru", "idle_after": None, **settings}
+    gauge, evicted, stuck = Together(), [], settings.pop("stuck", None)
+    memory = {"high": "100%", "interval": INTERVAL, "policy": "lru", "idle_after": None, **settings}
     source = DictSource().add(*[f"{who}{number}" for who in "abcx" for number in range(20)])
-    cache = ModelCache(source, lambda path, model: Model(model), unload=Model.drop, size_of=lambda model, path: 100,
+    def load(path, model):
+        if model == stuck:
+            print('["stuck", 0]', flush=True)
+            threading.Event().wait()
+        return Model(model)
+    cache = ModelCache(source, load, unload=Model.drop, size_of=lambda model, path: 100,
         disk=DiskTier(folder / "disk", min_free=0), memory=MemoryTier(gauge=gauge, **memory))
     cache.on(Evicted, lambda event: evicted.append(event.to_dict()))
     leases = {}
@@ -70,6 +76,14 @@ WORKER = """
     def hold(model):
         leases[model] = cache.lease(model)
         leases[model].acquire()
+
+    def fork():
+        pid = os.fork()
+        if not pid:
+            for number in (0, 1, 2):
+                os.close(number)
+            signal.pause()
+        return pid
 
     def quiet(looks):
         before, reads = cache._parts.neighbours.looks, gauge.reads
@@ -85,6 +99,10 @@ WORKER = """
         "explain": cache.explain,
         "quiet": lambda looks: quiet(int(looks)),
         "others": lambda: (cache._parts.neighbours.look(), len(cache._parts.neighbours.others))[1],
+        "looks": lambda: cache._parts.neighbours.looks,
+        "release": lambda model: leases.pop(model).release(),
+        "fork": fork,
+        "threads": lambda: [thread.name for thread in threading.enumerate()],
         "close": cache.close,
     }
     for line in sys.stdin:
@@ -97,6 +115,10 @@ WORKER = """
         print(json.dumps([answer, time.monotonic() - began]), flush=True)
     os._exit(0)
 """
+
+
+INTERVAL = 0.4
+"""Seconds between two looks of a monitor there."""
 
 
 class Worker:
@@ -173,6 +195,177 @@ def test_the_least_worthy_of_all_gives_way(worker: Start) -> None:
     (event,) = two("evicted")
     assert (event["model"], event["reason"], event["for_model"]) == ("b0", "another process", "x1")
     assert (event["used"], event["need"], event["high"], event["limit"]) == (1000, 100, 1000, 1000)
-    assert "to make room for 'x1', giving way for another process under the same limit" in two("explain", "b0")
-    assert "1.0 kB would have passed its memory.high" in two("explain", "b0").replace("1.1 kB", "1.0 kB")
+    told = two("explain", "b0")
+    assert "to make room for 'x1', giving way for another process under the same limit" in told
+    assert "with 1000 B in use and 100 B needed, 1.1 KiB would have passed its memory.high = 1000 B" in told
     assert three("evicted") == []
+
+
+def test_own_model_goes_where_it_is_the_least_worthy(worker: Start) -> None:
+    """A process in need whose own model is the least worthy of all evicts that, and nobody else anything."""
+    one, two = worker("one"), worker("two")
+    one("get", *names("a", 5))
+    two("get", *names("b", 5))
+    one("get", "x0")
+    assert one("models") == ["a1", "a2", "a3", "a4", "x0"]
+    assert two("evicted") == []
+    assert one("evicted")[0]["reason"] == "watermark"
+    assert one.seconds < INTERVAL
+
+
+def test_paused_process_is_waited_for_two_intervals_once(worker: Start) -> None:
+    """Where the process that should give way is stopped, the one in need waits two intervals, then evicts its own."""
+    one, two = worker("one"), worker("two")
+    two("get", *names("b", 5))
+    one("get", *names("a", 5))
+    two.process.send_signal(signal.SIGSTOP)
+    one("get", "x0")
+    assert 2 * INTERVAL <= one.seconds < 2 * INTERVAL + 3
+    assert one("evicted")[0]["model"] == "a0"
+    one("get", "x1")
+    assert one.seconds < 2 * INTERVAL, "it waited again for one that is known to be silent"
+    two.process.send_signal(signal.SIGCONT)
+    assert eventually(lambda: two("models")) == names("b", 5)
+    two("get", "b0")  # it speaks again
+    one("get", "x2")
+    assert eventually(lambda: two("evicted"))[0]["model"] == "b1"
+
+
+def test_dead_process_counts_for_nothing(worker: Start) -> None:
+    """What a killed process had set aside, and what it had in memory, is nobody's: not its bell, not its account."""
+    one, two = worker("one"), worker("two", stuck="b1")
+    two("get", "b0")
+    two.begin("get", "b1")  # which it never ends
+    assert two.answer() == "stuck"
+    one("get", *names("a", 8))
+    assert one("evicted") == []
+    one("get", "a8")  # beside what two has, and has set aside, nothing is free
+    assert len(one("evicted")) + len(one("models")) == 9
+    (before,) = one("evicted") or [{"model": "b0"}]
+    two.kill()
+    assert one("others") == 0
+    one("get", *names("a", 10))
+    assert len(one("models")) == 10
+    assert one("evicted") in ([], [before])
+
+
+def test_what_others_set_aside_counts(worker: Start) -> None:
+    """Bytes that another process has set aside for a load under way are not free, though no gauge shows them yet."""
+    one, two = worker("one"), worker("two", stuck="b0")
+    two.begin("get", "b0")
+    assert two.answer() == "stuck"
+    one("get", *names("a", 10))
+    assert len(one("models")) == 9
+
+
+def test_forked_child_does_not_keep_its_parent_alive(worker: Start) -> None:
+    """A child that a process has forked, and that does nothing, does not stand for its dead parent."""
+    one, two = worker("one"), worker("two")
+    one("get", "a0")
+    two("get", "b0")
+    child = two("fork")
+    try:
+        assert one("others") == 1
+        two.process.kill()
+        two.process.wait()
+        assert one("others") == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_growth_from_outside_is_answered_once(worker: Start) -> None:
+    """When all use is too much, the least worthy models of all go, down to ``low``: not that much in each process."""
+    workers = [worker(name, low="90%") for name in ("one", "two", "three")]
+    for who, count, each in zip("abc", (4, 2, 2), workers, strict=True):
+        each("get", *names(who, count))
+    workers[1]("grow", 320)  # 1,120 of 1,000 in use; 900 is low
+    eventually(lambda: sum(len(each("evicted")) for each in workers) >= 3)
+    for each in workers:
+        each("quiet", 5)
+    gone = [event["model"] for each in workers for event in each("evicted")]
+    assert sorted(gone) == ["a0", "a1", "a2"]
+
+
+def test_leases_of_others_are_waited_for(worker: Start) -> None:
+    """Where all that could give way is leased, in other processes too, a load waits for that rather than fail."""
+    one, two = worker("one"), worker("two")
+    for model in names("a", 10):
+        one("hold", model)
+    two.begin("get", "b0")
+    assert one("quiet", 3) >= 0
+    assert one("evicted") == []
+    one("release", "a3")
+    assert two.answer() is None
+    assert [event["model"] for event in one("evicted")] == ["a3"]
+
+
+def test_nobody_looks_while_nothing_is_short(worker: Start) -> None:
+    """Below ``high`` the monitor reads the gauge, and nobody the accounts of the others."""
+    one, two = worker("one"), worker("two")
+    one("get", *names("a", 3))
+    two("get", *names("b", 3))
+    assert one("quiet", 10) == 0
+    assert two("quiet", 10) == 0
+
+
+def test_gauge_of_a_process_alone_agrees_with_nobody(tmp_path: Path, worker: Start) -> None:
+    """With a gauge whose limit nobody shares there is no bell, no account, no look; each evicts its own."""
+    one, two = worker("one", shared=None), worker("two", shared=None)
+    two("get", *names("b", 5))
+    one("get", *names("a", 7))
+    assert two("evicted") == []
+    assert len(one("evicted")) == 2
+    assert one("looks") == two("looks") == 0
+    assert not list((tmp_path / "disk" / "tmp").glob("*/bell"))
+
+
+def test_processes_under_different_limits_do_not_meet(worker: Start) -> None:
+    """Who shares the disk folder but not the limit is no neighbour."""
+    one, two = worker("one", shared="here"), worker("two", shared="there")
+    one("get", "a0")
+    two("get", "b0")
+    assert one("others") == two("others") == 0
+
+
+def test_closing_leaves_nothing(tmp_path: Path, worker: Start) -> None:
+    """After ``close()`` a process is no neighbour any more, and its bell's thread has ended."""
+    one, two = worker("one"), worker("two")
+    one("get", "a0")
+    two("get", "b0")
+    assert two("close") is True
+    assert "modelcache-bell" not in two("threads")
+    assert one("others") == 0
+    assert len(list((tmp_path / "disk" / "tmp").iterdir())) == 1
+
+
+GAUGE = """
+    from modelcache.gauges import ContainerGauge
+    with ModelCache(DictSource().add("a"), lambda path: 1, disk=DiskTier(sys.argv[1], min_free=0)) as cache:
+        cache.get("a")
+        print(type(cache.memory._gauge.gauge).__name__, cache.stats().memory_limit, flush=True)
+        if len(sys.argv) > 2:
+            sys.stdin.readline()
+            cache._parts.neighbours.look()
+            print(len(cache._parts.neighbours.others))
+"""
+
+
+def test_default_gauge_is_the_container_s_where_it_has_a_limit(tmp_path: Path) -> None:
+    """Under a cgroup with a limit all its processes are seen, and are neighbours; without one, this process alone."""
+    with child_cgroup(256 * MIB) as group:
+        first, second = (group.start(GAUGE, tmp_path, "stays") for _ in range(2))
+        assert [_line(first), _line(second)] == [f"ContainerGauge {256 * MIB}\n"] * 2
+        assert first.communicate("\n", timeout=20)[0] == "1\n"
+        second.communicate("\n", timeout=20)
+    with child_cgroup(None) as group:
+        assert group.run_in(GAUGE, tmp_path).startswith("ProcessGauge ") or _limited()
+
+
+def _line(process: Any) -> str:
+    line: str = process.stdout.readline()
+    return line
+
+
+def _limited() -> bool:
+    """Whether the tests themselves run under a limit, so that nothing here is without one."""
+    return run("from modelcache.gauges import ContainerGauge\nprint(ContainerGauge().limited)") == "True\n"

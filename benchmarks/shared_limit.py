@@ -221,7 +221,6 @@ class Result:
     waits: list[float] = attrs.Factory(list)
     hot_waits: list[float] = attrs.Factory(list)
     stats: list[dict[str, float]] = attrs.Factory(list)
-    before: list[dict[str, float]] = attrs.Factory(list)
 
 
 @contextlib.contextmanager
@@ -237,58 +236,78 @@ def serving(row: str, folder: Path, group: Group, port: int) -> Iterator[None]:
         "FOLDER": str(folder),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    with subprocess.Popen([*join, *command], env=environment) as server:  # noqa: S603 - our own arguments
+    with subprocess.Popen([*join, *command], env=environment) as server:
         try:
             yield
         finally:
             server.terminate()
 
 
+class Load:
+    """Sends requests to workers at their times, each worker's by its own connections.
+
+    Args:
+        result: takes what came of them.
+        lines: the connections of each worker.
+        even: seconds after which the first worker is hot.
+    """
+
+    def __init__(self, result: Result, lines: list[list[http.client.HTTPConnection]], even: float) -> None:
+        self._result = result
+        self._lines = lines
+        self._even = even
+        self._queues: list[queue.SimpleQueue[Asked | None]] = [queue.SimpleQueue() for _ in lines]
+        self._start = 0.0
+
+    def run(self, asked: list[Asked]) -> None:
+        """Send all, and wait for the answers."""
+        for one in asked:
+            self._queues[one.worker].put(one)
+        for waiting, lines in zip(self._queues, self._lines, strict=True):
+            for _ in lines:
+                waiting.put(None)
+        self._start = time.monotonic()
+        pairs = zip(self._queues, self._lines, strict=True)
+        threads = [threading.Thread(target=self._send, args=(line, todo)) for todo, lines in pairs for line in lines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _send(self, line: http.client.HTTPConnection, todo: "queue.SimpleQueue[Asked | None]") -> None:
+        while (one := todo.get()) is not None:
+            time.sleep(max(self._start + one.at - time.monotonic(), 0))
+            try:
+                status, text = ask(line, one.model)
+            except (OSError, http.client.HTTPException) as error:  # also where its worker was killed
+                status, text = 0, repr(error)
+                line.close()
+            wait = time.monotonic() - self._start - one.at
+            (self._result.waits if one.at < self._even else self._result.hot_waits).append(wait)
+            if status != http.HTTPStatus.OK:
+                self._result.failed.append(text[:300])
+
+
 def serve(row: str, folder: Path, asked: list[Asked], even: float, port: int) -> Result:
     """Send all requests to four workers in a cgroup of their own."""
-    result = Result(row)
+    result, stop = Result(row), threading.Event()
     with Group("shared", LIMIT) as group, serving(row, folder, group, port):
         client = Client(port)
         client.connect()
-        queues: list[queue.SimpleQueue[Asked | None]] = [queue.SimpleQueue() for _ in range(WORKERS)]
-        start, stop = time.monotonic() + 0.2, threading.Event()
-
-        def answer(line: http.client.HTTPConnection, number: int) -> None:
-            while (one := queues[number].get()) is not None:
-                time.sleep(max(start + one.at - time.monotonic(), 0))
-                try:
-                    status, text = ask(line, one.model)
-                except (OSError, http.client.HTTPException) as error:
-                    status, text = 0, repr(error)
-                    line.close()
-                wait = time.monotonic() - start - one.at
-                (result.waits if one.at < even else result.hot_waits).append(wait)
-                if status != http.HTTPStatus.OK:
-                    result.failed.append(text[:300])
 
         def watch() -> None:
             while not stop.wait(_SAMPLE):
                 result.peak = max(result.peak, group.used())
 
-        threads = [
-            threading.Thread(target=answer, args=(line, number))
-            for number, lines in enumerate(client.lines)
-            for line in lines
-        ]
         watcher = threading.Thread(target=watch)
-        for thread in [*threads, watcher]:
-            thread.start()
-        for one in asked:
-            queues[one.worker].put(one)
-        for number, lines in enumerate(client.lines):
-            for _ in lines:
-                queues[number].put(None)
-        for thread in threads:
-            thread.join()
-        stop.set()
-        watcher.join()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            result.stats = client.stats()
+        watcher.start()
+        try:
+            Load(result, client.lines, even).run(asked)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                result.stats = client.stats()
+        finally:
+            stop.set()
+            watcher.join()
         result.kills = group.kills()
     return result
 
@@ -350,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hot = sum(one.worker == 0 for one in asked if one.at >= options.even)
         sys.stdout.write(
             f"{machine()}; {MODELS} models of {sum(sizes().values()) / MB:.0f} MB; {WORKERS} workers in "
-            f"{LIMIT / MB:.0f} MB, high {0.8 * LIMIT / MB:.0f}; {len(asked):,} requests, {hot:,} of them to the hot one\n"
+            f"{LIMIT / MB:.0f} MB, high {0.8 * LIMIT / MB:.0f}; {len(asked):,} requests, {hot:,} to the hot one\n"
         )
         results = []
         for row in options.rows.split(","):

@@ -192,7 +192,8 @@ class Reclaimed(Event):
 
     Attributes:
         promised: bytes that the footprints of the evicted models promised.
-        freed: bytes that the gauge really fell by; negative where something else grew meanwhile.
+        freed: bytes that the gauge really fell by, of several processes' use this one's; negative where something else
+            grew meanwhile.
         models: how many were evicted.
         collected: whether cycles were collected for it (``duration`` includes that, and giving heap back).
     """

@@ -133,7 +133,7 @@ class Admission(Generic[T]):
         while True:
             churn = residents.churn
             applicant.state = "loading"
-            self._neighbours.look()
+            known = self._neighbours.look()
             limits = self._tier.limits()
             plan = needs.sober(plan, limits)
             refuse_too_large(applicant.model, plan, limits)
@@ -150,7 +150,7 @@ class Admission(Generic[T]):
                     step = self._decide(applicant, token, plan, entry, shortage, limits, turn=turn, clear=clear)
             if not fits:
                 self._act(applicant, entry, step, shortage, limits)
-            elif self._neighbours.claim():
+            elif self._neighbours.claim(known):
                 return limits, -1 if crowded else churn + 1
             else:
                 self._take_back(token)
@@ -249,9 +249,9 @@ class Admission(Generic[T]):
     def _may_go_bare(self, applicant: Applicant, since: float) -> bool:
         """Whether a load may go on with less than its peak reserved, as nothing makes room for that.
 
-        It waits for leases no longer than ``_PATIENCE``: they may be for ever.
+        It waits for leases no longer than ``_PATIENCE``: they may be for ever. Only one load under a limit does so.
         """
-        if self._others_load(applicant) or self._leaving(applicant):
+        if self._others_load(applicant) or self._leaving(applicant) or self._choosing.elsewhere:
             return False
         waited = time.monotonic() - since >= _PATIENCE
         return waited or self._residents.holding_threads() <= applicant.threads()
@@ -285,7 +285,7 @@ class Admission(Generic[T]):
             interval = _LOOK if len(self._residents.line) > 1 else 0.0
         if plan.alone or self._solo[0]:
             interval = min(interval, _PATIENCE)
-        if ending or (shortage.over_high > 0 and self._neighbours.hopeful):
+        if ending or self._neighbours.hopeful(shortage):
             interval = min(interval, _LOOK)
         self._guard.wait(interval)
 
@@ -293,7 +293,7 @@ class Admission(Generic[T]):
         """Whether nothing that others do will make room; the guard is held."""
         if shortage.fits or self._leaving(applicant) or not applicant.hopeless():
             return False
-        if self._neighbours.apply(shortage) and self._neighbours.hopeful:
+        if self._neighbours.hopeful(shortage):
             return False
         own = applicant.own_threads() & self._residents.holding_threads()
         mine = turn or bool(own)  # else the head of the line decides

@@ -125,17 +125,16 @@ class Neighbours(Generic[T]):
             complain("the ledger in %s can't be written: no agreement on memory now", self._store.path, error=error)
             return None
 
-    def look(self) -> None:
+    def look(self) -> dict[str, Account]:
         """Learn what the others have said, and join them; nothing is looked at where no limit is shared."""
         scope = self.scope
         if scope is None:
             self._leave()
-            return
+            return {}
         if self._joined != (scope, self._store.owner) and not self._join(scope):
-            return
+            return {}
         rows = self.read(scope)
-        if rows is not None:
-            self._take(rows)
+        return {} if rows is None else self._take(rows)
 
     def read(self, scope: str) -> dict[str, Account] | None:
         """Return what all have said, the dead too; None where that can't be had."""
@@ -172,13 +171,14 @@ class Neighbours(Generic[T]):
         self._closed = True
         self._bell.take_down()
 
-    def _take(self, rows: dict[str, Account]) -> None:
-        """Keep what those who live have said."""
+    def _take(self, rows: dict[str, Account]) -> dict[str, Account]:
+        """Keep what those who live have said, and return it."""
         others = self.living(rows)
         with self._guard:
             self.others = others
             self.deficit = sum(account.deficit for account in others.values())
             self._choosing.elsewhere = sum(account.reserved for account in others.values())
+        return others
 
     def living(self, rows: dict[str, Account]) -> dict[str, Account]:
         """Return what those others said that live."""
@@ -229,21 +229,23 @@ class Neighbours(Generic[T]):
         write_account(book, scope, owner, rows[owner])
         return rows
 
-    def claim(self) -> bool:
-        """Tell the others what was just set aside here; False: they have set aside more since the last look.
+    def claim(self, known: dict[str, Account]) -> bool:
+        """Tell the others what was just set aside here; False: they have set aside more since they were looked at.
 
         So that two processes do not both count on the same free memory. A load of theirs that has ended since counts
         likewise: the gauge was perhaps read before that.
+
+        Args:
+            known: what ``look`` returned before the gauge was read.
         """
         scope, owner = self._joined
         if not owner:
             return True
-        known = {each: account.ended for each, account in self.others.items()}
-        most = self._choosing.elsewhere
+        most = sum(each.reserved for each in known.values())
 
         def decide(book: Book) -> bool:
             others = self.living(read_accounts(book, scope))
-            moved = any(each.ended != known.get(name, 0) for name, each in others.items())
+            moved = any(each.ended != known.get(name, Account()).ended for name, each in others.items())
             if moved or sum(each.reserved for each in others.values()) > most:
                 return False
             self._told = self.tell(book, scope)[owner].reserved
@@ -268,10 +270,11 @@ class Neighbours(Generic[T]):
         """Whether others can help: what lacks is the limit's, not a budget's of this process; the guard is held."""
         return bool(self.others) and shortage.over_high > 0 and shortage.over_budget <= 0 and shortage.over_count <= 0
 
-    @property
-    def hopeful(self) -> bool:
-        """Whether others have models, or load some, so that room may come from them; the guard is held."""
-        return any(account.held or account.reserved or account.giving for account in self.others.values())
+    def hopeful(self, shortage: Shortage) -> bool:
+        """Whether the others have, or load, so much that what lacks may come from them in time; the guard is held."""
+        return self.apply(shortage) and shortage.over_high <= sum(
+            account.held + account.reserved + account.giving for account in self.others.values()
+        )
 
 
 _ASKING = ("giving", "asked", "wants", "common", "for_model", "without", "figures")

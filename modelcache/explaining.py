@@ -245,6 +245,9 @@ def _state(parts: Machinery[Any], limits: Limits) -> Iterator[str]:
             f"Memory: {format_bytes(reading.used)} in use, high {format_bytes(limits.high)}, "
             f"low {format_bytes(limits.low)}, limit {format_bytes(reading.limit)}{where}"
         )
+    if parts.neighbours.others:
+        many = _count(len(parts.neighbours.others), "other process shares", "other processes share")
+        yield f"{many} that limit, by the last look: the least worthy model of all goes first"
     if parts.evictor.stopped():
         yield "Evictions rest, since they did not bring memory back"
     if parts.residents.thrash.active:

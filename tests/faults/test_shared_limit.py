@@ -198,6 +198,7 @@ def test_the_least_worthy_of_all_gives_way(worker: Start) -> None:
     told = two("explain", "b0")
     assert "to make room for 'x1', giving way for another process under the same limit" in told
     assert "with 1000 B in use and 100 B needed, 1.1 KiB would have passed its memory.high = 1000 B" in told
+    assert "2 other processes share that limit" in three("explain", "x1")
     assert three("evicted") == []
 
 

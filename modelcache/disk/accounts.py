@@ -20,7 +20,7 @@ class Account:
         held: bytes of the models that it has in memory.
         idle: of these, bytes that may go now.
         reserved: bytes set aside for its loads under way.
-        ended: how many of its loads have ended: what they took is in every reading made after that.
+        moves: how often something came or went there: what a load took is in every reading made after it has ended.
         deficit: bytes above ``high`` that its loads took beyond what was expected of them.
         model: its least worthy model; None: none may go.
         rank: what that one is worth, comparable between processes; None: none may go.
@@ -38,7 +38,7 @@ class Account:
     held: int = 0
     idle: int = 0
     reserved: int = 0
-    ended: int = 0
+    moves: int = 0
     deficit: int = 0
     model: str | None = None
     rank: float | None = None

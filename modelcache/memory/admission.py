@@ -144,6 +144,8 @@ class Admission(Generic[T]):
                 turn = applicant.nested or applicant.first(residents.line)
                 clear = self._clear(token, plan, entry.since, nested=applicant.nested)
                 fits = turn and clear and shortage.fits and not self._leaving(applicant, applicant.model)
+                if fits and self._neighbours.others and residents.churn != churn:
+                    continue  # one that has landed meanwhile is perhaps not in the reading yet
                 if fits:
                     crowded = self._reserve(applicant, token, attrs.evolve(plan, peak=need, thread=me()))
                 else:

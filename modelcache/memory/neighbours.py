@@ -82,7 +82,6 @@ class Neighbours(Generic[T]):
         self._bell.reset_after_fork()
         self._joined = ("", "")  # scope, and owner under which the others know this process
         self.rings = 0
-        self._ended = 0
         self._told = 0
         self._resting = 0.0
         self._forget()
@@ -207,7 +206,7 @@ class Neighbours(Generic[T]):
             held=residents.occupied(),
             idle=idle,
             reserved=sum(plan.peak for plan in residents.reserved.values()),
-            ended=self._ended,
+            moves=residents.churn,
             deficit=residents.deficit,
             model=entry.model if entry else None,
             rank=self._worthiness.rate(entry) if entry else None,
@@ -227,13 +226,14 @@ class Neighbours(Generic[T]):
         kept = {name: getattr(before, name) for name in _ASKING}
         rows = {**others, owner: attrs.evolve(account, **{**kept, **fields})}
         write_account(book, scope, owner, rows[owner])
+        self._told = account.reserved
         return rows
 
     def claim(self, known: dict[str, Account]) -> bool:
         """Tell the others what was just set aside here; False: they have set aside more since they were looked at.
 
-        So that two processes do not both count on the same free memory. A load of theirs that has ended since counts
-        likewise: the gauge was perhaps read before that.
+        So that two processes do not both count on the same free memory. What they have loaded since counts likewise: the
+        gauge was perhaps read before that.
 
         Args:
             known: what ``look`` returned before the gauge was read.
@@ -245,10 +245,12 @@ class Neighbours(Generic[T]):
 
         def decide(book: Book) -> bool:
             others = self.living(read_accounts(book, scope))
-            moved = any(each.ended != known.get(name, Account()).ended for name, each in others.items())
-            if moved or sum(each.reserved for each in others.values()) > most:
+            new = others.keys() - known.keys()
+            if new or any(each.moves != known[name].moves for name, each in others.items()):
                 return False
-            self._told = self.tell(book, scope)[owner].reserved
+            if sum(each.reserved for each in others.values()) > most:
+                return False
+            self.tell(book, scope)
             return True
 
         return self.change(decide) is not False
@@ -262,8 +264,6 @@ class Neighbours(Generic[T]):
             reserved = sum(plan.peak for plan in self._residents.reserved.values())
             if reserved == self._told == 0:
                 return
-            self._ended += 1
-            self._told = reserved
         self.change(lambda book: self.tell(book, scope))
 
     def apply(self, shortage: Shortage) -> bool:

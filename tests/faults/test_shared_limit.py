@@ -20,7 +20,7 @@ from tests.support.waiting import eventually
 
 # A process that does what it is told, line by line. Models are of 100 bytes, of 1,000 that all may use together.
 WORKER = """
-    import json
+    import fcntl, json, random
     INTERVAL = 0.4
     folder, name, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     use, alive = folder / "use", {}
@@ -31,25 +31,41 @@ WORKER = """
         def read(self):
             self.reads += 1
             total = 0
-            for file in use.iterdir():
-                if not file.name.startswith("."):
-                    total += int(file.read_text())
+            for each in ("one", "two", "three"):  # a listing may miss one that is being replaced
+                try:
+                    total += int((use / each).read_text())
+                except FileNotFoundError:
+                    pass
             return Reading(total, 1000, own())
 
     def own():
-        return sum(alive.values())
+        return sum(list(alive.values()))
+
+    booking = threading.Lock()  # guards what is written down
 
     def book():
-        draft = use / ("." + name)
-        draft.write_text(str(own()))
-        draft.rename(use / name)
+        with booking:
+            draft = use / ("." + name)
+            draft.write_text(str(own()))
+            draft.rename(use / name)
+
+    def count(change):
+        # add to what all have in memory, at one instant for all, and note the highest
+        with (folder / "total").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            total, most = map(int, (file.read() or "0 0").split())
+            file.truncate(0)
+            file.write(f"{total + change} {max(most, total + change)}")
 
     class Model:
         def __init__(self, model):
             self.model = model
+            count(100)
             alive[id(self)] = 100
             book()
         def drop(self):
+            count(-100)
             del alive[id(self)]
             book()
 
@@ -85,6 +101,15 @@ WORKER = """
             signal.pause()
         return pid
 
+    def crowd(many):
+        chance = random.Random(name)
+        asked = [f"{chance.choice('abc')}{chance.randrange(6)}" for _ in range(many)]
+        threads = [threading.Thread(target=get, args=asked[first::3]) for first in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
     def quiet(looks):
         before, reads = cache._parts.neighbours.looks, gauge.reads
         eventually(lambda: gauge.reads >= reads + looks)
@@ -103,6 +128,7 @@ WORKER = """
         "release": lambda model: leases.pop(model).release(),
         "fork": fork,
         "threads": lambda: [thread.name for thread in threading.enumerate()],
+        "crowd": lambda many: crowd(int(many)),
         "close": cache.close,
     }
     for line in sys.stdin:
@@ -257,6 +283,17 @@ def test_what_others_set_aside_counts(worker: Start) -> None:
     assert two.answer() == "stuck"
     one("get", *names("a", 10))
     assert len(one("models")) == 9
+
+
+def test_no_two_processes_count_on_the_same_room(tmp_path: Path, worker: Start) -> None:
+    """However many load at once in however many processes, they never have more in memory together than is allowed."""
+    workers = [worker(name) for name in ("one", "two", "three")]
+    for each in workers:
+        each.begin("crowd", 60)
+    for each in workers:
+        assert each.answer() is None
+    _, most = map(int, (tmp_path / "total").read_text().split())
+    assert most == 1000
 
 
 def test_forked_child_does_not_keep_its_parent_alive(worker: Start) -> None:

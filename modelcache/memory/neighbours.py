@@ -232,8 +232,8 @@ class Neighbours(Generic[T]):
     def claim(self, known: dict[str, Account]) -> bool:
         """Tell the others what was just set aside here; False: they have set aside more since they were looked at.
 
-        So that two processes do not both count on the same free memory. What they have loaded since counts likewise: the
-        gauge was perhaps read before that.
+        So that two processes do not both count on the same free memory. What they have loaded since counts likewise: it
+        is perhaps not in the reading yet.
 
         Args:
             known: what ``look`` returned before the gauge was read.

@@ -312,8 +312,13 @@ def serve(row: str, folder: Path, asked: list[Asked], even: float, port: int) ->
     return result
 
 
-def line_of(result: Result, limit: int) -> list[str]:
-    """Return a row of the table."""
+def reload_seconds(result: Result) -> float:
+    """Return what requests waited, at all workers, for models that had been in memory before."""
+    return sum(stats["reload_seconds"] for stats in result.stats)
+
+
+def line_of(result: Result, limit: int, peer: Result | None) -> list[str]:
+    """Return a row of the table; ``peer``: whose reload seconds it is compared with."""
     total = {name: sum(stats[name] for stats in result.stats) for name in (result.stats or [{}])[0]}
     hot = result.stats[0] if result.stats else {}
     quick = sorted(result.hot_waits)
@@ -325,7 +330,8 @@ def line_of(result: Result, limit: int) -> list[str]:
         f"{(result.peak - 0.8 * limit) / MB:.0f}",
         f"{total.get('hits', 0) / max(total.get('hits', 0) + total.get('misses', 0), 1):.1%}",
         f"{total.get('reloads', 0):.0f}",
-        f"{total.get('reload_seconds', 0):.1f}",
+        f"{reload_seconds(result):.1f}",
+        f"{reload_seconds(result) / reload_seconds(peer):.2f}" if peer is not None and reload_seconds(peer) else "-",
         f"{hot.get('reload_seconds', 0):.1f}",
         f"{hot.get('memory_models', 0) / MB:.0f}",
         f"{total.get('given', 0):.0f} of {total.get('evictions', 0):.0f}",
@@ -335,7 +341,7 @@ def line_of(result: Result, limit: int) -> list[str]:
 
 
 _HEADS = (
-    "", "OOM kills", "failed", "peak MB", "above high MB", "hit ratio", "reloads", "reload s", "of the hot one",
+    "", "OOM kills", "failed", "peak MB", "above high MB", "hit ratio", "reloads", "reload s", "x quarter", "of the hot one",
     "its models MB", "gave way", "mean wait ms (hot)", "p99",
 )  # fmt: skip
 
@@ -382,7 +388,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    grid(f"{options.even:.0f} s even, {options.hot:.0f} s hot", [_HEADS, *(line_of(each, LIMIT) for each in results)])
+    peer = next((each for each in results if each.row == ROWS[-1]), None)
+    grid(
+        f"{options.even:.0f} s even, {options.hot:.0f} s hot",
+        [_HEADS, *(line_of(each, LIMIT, peer) for each in results)],
+    )
     for result in results:
         for text in sorted(set(result.failed))[:3]:
             sys.stdout.write(f"{result.row}: {text}\n")

@@ -23,6 +23,7 @@ import os
 import queue
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -341,15 +342,25 @@ def line_of(result: Result, limit: int, peer: Result | None) -> list[str]:
 
 
 _HEADS = (
-    "", "OOM kills", "failed", "peak MB", "above high MB", "hit ratio", "reloads", "reload s", "x quarter", "of the hot one",
-    "its models MB", "gave way", "mean wait ms (hot)", "p99",
-)  # fmt: skip
+    "",
+    "OOM kills",
+    "failed",
+    "peak MB",
+    "above high MB",
+    "hit ratio",
+    "reloads",
+    "reload s",
+    "x quarter",
+    "of the hot one",
+    "its models MB",
+    "gave way",
+    "mean wait ms (hot)",
+    "p99",
+)
 
 
 def free_port() -> int:
     """Return a port of this machine that nobody listens on."""
-    import socket  # noqa: PLC0415 - of this function
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

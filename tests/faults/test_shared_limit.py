@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -256,6 +257,23 @@ def test_paused_process_is_waited_for_two_intervals_once(worker: Start) -> None:
     two("get", "b0")  # it speaks again
     one("get", "x2")
     assert eventually(lambda: two("evicted"))[0]["model"] == "b1"
+
+
+def test_process_stopped_in_the_middle_of_a_change(tmp_path: Path, worker: Start) -> None:
+    """Where the ledger can't be written for now, what is on disk is loaded all the same: each evicts its own."""
+    one, two = worker("one"), worker("two")
+    two("get", *names("b", 5))
+    one("get", *names("a", 5))
+    one("get", "x0")  # in place of b0
+    one("get", *names("a", 5))
+    two("get", "b0")  # in place of b1, which is on disk from now on
+    with contextlib.closing(sqlite3.connect(tmp_path / "disk" / "ledger.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert one("get", "b1") is None
+        assert one.seconds < 8
+        other.execute("ROLLBACK")
+    assert "x0" not in one("models")
+    assert "b1" in one("models")
 
 
 def test_dead_process_counts_for_nothing(worker: Start) -> None:

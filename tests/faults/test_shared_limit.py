@@ -329,6 +329,37 @@ def test_forked_child_does_not_keep_its_parent_alive(worker: Start) -> None:
         os.kill(child, signal.SIGKILL)
 
 
+FORKS = """
+    class Shared(FakeGauge):
+        shared = "all"
+    cache = small_cache(Path(sys.argv[1]), DictSource().add("a", "b"), memory={"gauge": Shared()})
+    neighbours = cache._parts.neighbours
+    def others():
+        neighbours.look()
+        return len(neighbours.others)
+    cache.get("a")
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        cache.get("b")
+        os.write(tell, str(others()).encode())
+        signal.pause()
+    assert os.read(told, 9) == b"1"
+    assert others() == 1
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert others() == 0
+    assert cache.get("b").name == "b"
+    assert cache.close()
+    print("apart")
+"""
+
+
+def test_forked_worker_is_a_neighbour_of_its_own(tmp_path: Path) -> None:
+    """A worker forked after its parent has loaded joins under its own name, with a bell of its own."""
+    assert run(FORKS, tmp_path) == "apart\n"
+
+
 def test_growth_from_outside_is_answered_once(worker: Start) -> None:
     """When all use is too much, the least worthy models of all go, down to ``low``: not that much in each process."""
     workers = [worker(name, low="90%") for name in ("one", "two", "three")]

@@ -70,6 +70,7 @@ class Life:
 
     def abandon(self) -> None:
         """Remove the temporary folder at exit, also from under a fetch that would not end."""
+        self._parts.neighbours.close()
         self._parts.shelf.close()
 
     def _refuse_newcomers(self) -> None:

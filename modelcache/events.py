@@ -20,6 +20,9 @@ class Reason(enum.StrEnum):
 
     WATERMARK = "watermark"
     """Memory in use, with what a newcomer needs, stood above ``high``; or outside growth did."""
+    NEIGHBOUR = "another process"
+    """Another process under the same memory limit lacked room, and of the models of all this one was the least worthy;
+    ``used``, ``need``, ``limit``, ``high`` and ``for_model`` are that process's."""
     MEMORY_BUDGET = "memory budget"
     """The footprints of the models in memory, with a newcomer's, stood above ``memory.budget``."""
     MAX_MODELS = "max_models"
@@ -68,6 +71,7 @@ class Reason(enum.StrEnum):
 _EVICTIONS = frozenset(
     {
         Reason.WATERMARK,
+        Reason.NEIGHBOUR,
         Reason.MEMORY_BUDGET,
         Reason.MAX_MODELS,
         Reason.DISK_BUDGET,
@@ -188,7 +192,8 @@ class Reclaimed(Event):
 
     Attributes:
         promised: bytes that the footprints of the evicted models promised.
-        freed: bytes that the gauge really fell by; negative where something else grew meanwhile.
+        freed: bytes that the gauge really fell by, of several processes' use this one's; negative where something else
+            grew meanwhile.
         models: how many were evicted.
         collected: whether cycles were collected for it (``duration`` includes that, and giving heap back).
     """

@@ -16,6 +16,7 @@ from modelcache.units import format_bytes
 
 _SETTING = {
     Reason.WATERMARK: "memory.high",
+    Reason.NEIGHBOUR: "its memory.high",
     Reason.MEMORY_BUDGET: "memory.budget",
     Reason.MAX_MODELS: "memory.max_models",
     Reason.DISK_BUDGET: "disk.budget",
@@ -192,7 +193,10 @@ def _eviction(event: Evicted) -> str:
     """Return when, for whom and why, to be put after "evicted"."""
     text = _ago(event.time)
     if event.for_model:
-        text += " to make room for " + ("its new version" if event.for_model == event.model else f"{event.for_model!a}")
+        own = event.for_model == event.model and event.reason is not Reason.NEIGHBOUR
+        text += " to make room for " + ("its new version" if own else f"{event.for_model!a}")
+    if event.reason is Reason.NEIGHBOUR:
+        text += ", giving way for another process under the same limit as the least worthy model of all"
     if event.reason is Reason.IDLE:
         return f"{text}, since nobody had used it for memory.idle_after seconds"
     if event.reason is Reason.MEMORY_ERROR:
@@ -241,6 +245,9 @@ def _state(parts: Machinery[Any], limits: Limits) -> Iterator[str]:
             f"Memory: {format_bytes(reading.used)} in use, high {format_bytes(limits.high)}, "
             f"low {format_bytes(limits.low)}, limit {format_bytes(reading.limit)}{where}"
         )
+    if parts.neighbours.others:
+        many = _count(len(parts.neighbours.others), "other process shares", "other processes share")
+        yield f"{many} that limit, by the last look: the least worthy model of all goes first"
     if parts.evictor.stopped():
         yield "Evictions rest, since they did not bring memory back"
     if parts.residents.thrash.active:

@@ -58,7 +58,7 @@ class Loader(Generic[T]):
         load: the user's loader, called with path and model.
         size_of: the user's estimate, called with model and path; None where there is none.
         closed: whether the cache is closed.
-        landed: called after each load, outside the guard.
+        landed, ended: called after each load, outside the guard; the second also where it failed.
         requeue: has some thread of the cache run a flight later, as its own was needed for a request.
     """
 
@@ -78,6 +78,7 @@ class Loader(Generic[T]):
     size_of: Callable[[str, Path], int] | None
     closed: Callable[[], bool]
     landed: Callable[[], None]
+    ended: Callable[[], None]
     requeue: Callable[[Flight[T]], None]
 
     def run(self, flight: Flight[T], parent: Flight[T] | None = None, *, ahead: bool | None = None) -> None:
@@ -131,6 +132,7 @@ class Loader(Generic[T]):
                 self.residents.reserved.pop(flight, None)
                 self.fetcher.counters.failures += told
                 self.flights.fail(flight, error)
+            self.ended()
             if told:
                 self.teller.tell([self._failed(flight, error)])
         finally:
@@ -194,8 +196,7 @@ class Loader(Generic[T]):
         check_cancelled(flight)
         limits, churn = self.admission.admit(trip, flight, plan)
         flight.state = "loading"
-        scale = self.measuring.begin(plan, churn, limits.reading)
-        flight.scale = scale
+        scale = flight.scale = self.measuring.begin(plan, churn, limits.reading)
         started = time.monotonic()
         value = self._load(flight, plan, found.path)
         duration = time.monotonic() - started
@@ -239,6 +240,7 @@ class Loader(Generic[T]):
     def _after_landing(self, flight: Flight[T], entry: Entry[T], after: Limits) -> None:
         """Tell, and look at what the landing makes due."""
         self.landed()
+        self.ended()
         self.teller.tell([self._loaded(flight, entry.bytes, entry.cost, after)])
         if self.residents.over:
             self.room.enforce()

@@ -31,11 +31,14 @@ from modelcache.hooks import Hooks
 from modelcache.identity import me
 from modelcache.loading import Loader
 from modelcache.memory.admission import Admission
+from modelcache.memory.asking import Appeal
 from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.garbage import Garbage
+from modelcache.memory.giving import Giving
 from modelcache.memory.measuring import Measuring
+from modelcache.memory.neighbours import Neighbours
 from modelcache.memory.residents import Residents
 from modelcache.memory.room import Room
 from modelcache.memory.tier import MemoryTier
@@ -90,13 +93,14 @@ class Machinery(Generic[T]):
         self.history: History[T] = History(self.residents, self.memory.policy, self.guard)
         self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller, garbage)
         self.evictor: Evictor[T] = Evictor(self.memory, self.residents, self.guard, self.unloader, self.teller)
-        self.room: Room[T] = Room(
-            self.memory, self.residents, choosing, self.guard, self.unloader, self.evictor, garbage, self.teller
-        )
-        admission: Admission[T] = Admission(
-            self.memory, self.residents, choosing, self.guard, self.evictor, self.unloader, garbage
-        )
         self.disk.bind(self.source.url, self._disk_retuned)
+        tier, residents, guard, evictor = self.memory, self.residents, self.guard, self.evictor
+        self.neighbours: Neighbours[T] = Neighbours(tier, residents, choosing, guard, evictor, self.disk.store)
+        self.giving: Giving[T] = Giving(tier, residents, guard, evictor, self.neighbours, self.teller)
+        self.appeal: Appeal[T] = Appeal(self.neighbours, tier, guard, self.giving.answer)
+        common = tier, residents, choosing, guard
+        self.room: Room[T] = Room(*common, self.unloader, evictor, garbage, self.teller, self.appeal)
+        admission: Admission[T] = Admission(*common, evictor, self.unloader, garbage, self.appeal)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
@@ -128,6 +132,7 @@ class Machinery(Generic[T]):
             size_of=size_of,
             closed=lambda: self.closed,
             landed=self.monitor.start,
+            ended=self.neighbours.settle,
             requeue=lambda flight: self.give_to_worker(flight, urgent=False, first=True),
         )
 
@@ -260,6 +265,7 @@ class Machinery(Generic[T]):
             left = self.residents.entries() or self.residents.leaving or self.flights.active
         if left:
             return False
+        self.neighbours.close()
         self.shelf.close()
         self.monitor.stop()
         self.ended()
@@ -272,6 +278,8 @@ class Machinery(Generic[T]):
         self.workers.reset_after_fork()
         self.monitor.reset_after_fork()
         self.flights.reset_after_fork()
+        for each in (self.neighbours, self.giving, self.appeal):
+            each.reset_after_fork()
         entries = self.residents.reset_after_fork(me(), self._inherited or [])
         kept = [entry for entry in entries if isinstance(entry.keeps, Held)]
         self.shelf.reset_after_fork([entry.keeps for entry in kept], [entry.keeps for entry in kept if entry.holds])

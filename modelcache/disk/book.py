@@ -10,14 +10,14 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import attrs
 
 from modelcache.disk.layout import Record
 from modelcache.policies.worth import HALVED_ABOVE, REMEMBERED
 
-VERSION = 1
+VERSION = 2
 """Of the tables; a ledger with another one is made anew from the folders."""
 
 _ASK = """
@@ -51,6 +51,7 @@ CREATE TABLE requests(
 ) WITHOUT ROWID;
 CREATE INDEX asked ON requests(seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
+CREATE TABLE memory(owner TEXT PRIMARY KEY, scope TEXT, account TEXT) WITHOUT ROWID;
 PRAGMA user_version = {version};
 """
 
@@ -82,7 +83,7 @@ removes it (None where nobody does), seconds since the epoch of its last use, ho
 that used it last.
 """
 
-USED = -3
+USED: Final = 12
 """Where a ``Row`` tells of the last use."""
 
 
@@ -133,10 +134,11 @@ class Book:
 
     Attributes:
         undo: what is called, under the guard, where the transaction fails.
+        sql: runs a statement; for tables that another module knows.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._sql = connection.execute
+        self._sql = self.sql = connection.execute
         self._many = connection.executemany
         self._seq: int | None = None
         self.undo: list[Callable[[], object]] = []
@@ -277,6 +279,7 @@ class Book:
         """Forget a process that is dead, and all that was set aside for it."""
         self._sql("DELETE FROM holds WHERE owner = ?", (owner,))
         self._sql("DELETE FROM processes WHERE owner = ?", (owner,))
+        self._sql("DELETE FROM memory WHERE owner = ?", (owner,))
 
 
 def named(source: str, model: str, mine: str) -> str:

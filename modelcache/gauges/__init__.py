@@ -7,11 +7,30 @@ Used is what the kernel can't take back for free: anonymous and shared memory, m
 Page cache is not used memory, however active: a download fills it on purpose.
 """
 
+from pathlib import Path
+
 from modelcache.gauges.base import Gauge, Reading, SafeGauge, check_reading
 from modelcache.gauges.container import ContainerGauge
 from modelcache.gauges.host import HostGauge
 from modelcache.gauges.limits import LIMIT_SECONDS
 from modelcache.gauges.process import ProcessGauge
+
+
+def default_gauge(root: Path = Path("/")) -> Gauge:
+    """Return the gauge of a tier that is given none: the container's where a cgroup limits it, else the process's.
+
+    It is decided once: a limit that is set later is the process's.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``; something else in tests.
+    """
+    container = ContainerGauge(root)
+    try:
+        limited = container.limited
+    except OSError:  # no descriptor left to look with
+        limited = False
+    return container if limited else ProcessGauge(root)
+
 
 __all__ = [
     "LIMIT_SECONDS",
@@ -22,4 +41,5 @@ __all__ = [
     "Reading",
     "SafeGauge",
     "check_reading",
+    "default_gauge",
 ]

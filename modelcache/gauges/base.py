@@ -21,10 +21,17 @@ class Reading:
     Attributes:
         used: bytes in use that the kernel can't take back for free; 0 or more, may be above ``limit``.
         limit: bytes at which memory ends; above 0.
+        own: of what is used, what this process has by itself; None: all of it, or that is not known.
     """
 
     used: int
     limit: int
+    own: int | None = attrs.field(default=None, eq=False)
+
+    @property
+    def mine(self) -> int:
+        """Bytes that this process's own loads and evictions move: what others do meanwhile is not among them."""
+        return self.used if self.own is None else self.own
 
 
 @runtime_checkable
@@ -33,6 +40,10 @@ class Gauge(Protocol):
 
     Concurrency: called from several threads, also at once, with no lock of the cache held; before each load and
     every ``interval`` seconds, so it should take well under a millisecond. It must work after a fork.
+
+    A gauge of what several processes use together may have an attribute ``shared``: a str that is the same in all that
+    stand under that limit, or None where nobody does. The caches of such processes agree on who gives way if they share
+    a disk folder too.
     """
 
     def read(self) -> Reading:
@@ -100,7 +111,8 @@ def check_reading(reading: object) -> Reading:
     used, limit = _whole(reading, "used"), _whole(reading, "limit")
     if used < 0 or limit <= 0:
         raise ConfigError(f"a gauge read {reading!r:.200}: used must be 0 or more and limit above 0", value=reading)
-    return Reading(used, limit)
+    own = None if getattr(reading, "own", None) is None else max(_whole(reading, "own"), 0)
+    return Reading(used, limit, own)
 
 
 def _whole(reading: object, name: str) -> int:

@@ -1,5 +1,6 @@
 """All processes of this container: what its memory cgroup is charged with, against the limit of that same cgroup."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,23 @@ class ContainerGauge:
         """Path of the file that set the limit of the latest reading, or ``"memory of the machine"``."""
         return self._watch.look().source
 
+    @property
+    def limited(self) -> bool:
+        """Whether some cgroup has a limit below the machine's memory."""
+        return self._watch.look().folder is not None
+
+    @property
+    def shared(self) -> str | None:
+        """Which limit the latest reading was held against, alike in all processes under it, whatever path they see."""
+        folder = self._watch.look().folder
+        if folder is None:
+            return self._host.shared
+        try:
+            status = os.stat(folder)  # noqa: PTH116 - of a path that is asked often
+        except OSError:
+            return None
+        return f"cgroup {status.st_dev}:{status.st_ino}"
+
     def read(self) -> Reading:
         """Return what the container uses and its limit, in bytes.
 
@@ -73,7 +91,8 @@ class ContainerGauge:
         level = self._level
         if level is None or level.folder is not limit.folder:
             level = self._level = _Level(limit.folder, KeptFile(limit.folder / "memory.stat", _STAT_BYTES))
-        used = read_used(limit.kind, level.stat.read())
+        used, own = read_used(limit.kind, level.stat.read()), self._resident.read()
         if used is None:
-            return Reading(self._resident.read(), limit.bytes)
-        return Reading(max(used, self._resident.read_own()), limit.bytes)  # the kernel gathers a group's figures late
+            return Reading(own, limit.bytes)
+        used = max(used, self._resident.read_own())  # the kernel gathers a group's figures late
+        return Reading(used, limit.bytes, own)

@@ -44,6 +44,11 @@ class HostGauge:
         """``"memory of the machine"``."""
         return MACHINE
 
+    @property
+    def shared(self) -> str | None:
+        """``"machine"``: all processes on it share it."""
+        return "machine"
+
     def read(self) -> Reading:
         """Return what the machine uses and what it has, in bytes.
 

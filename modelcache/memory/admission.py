@@ -4,28 +4,30 @@ It acts, outside the guard, on what ``memory.choosing`` decides under it. Limits
 outside, are ``memory.room``.
 """
 
-import math
 import time
-from collections.abc import Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import attrs
 
-from modelcache.errors import NoRoom, TooLarge
-from modelcache.events import Reason
 from modelcache.guard import Guard
 from modelcache.identity import me
+from modelcache.memory import needs
+from modelcache.memory.applicant import Applicant
+from modelcache.memory.asking import Appeal, Verdict
 from modelcache.memory.choosing import Choosing
+from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.footprints import Plan
 from modelcache.memory.garbage import Garbage
+from modelcache.memory.refusals import no_room, refuse_too_large
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
-from modelcache.units import format_bytes, format_holders
 
 T = TypeVar("T")
+
+_ASKED_ANEW = {None, Verdict.LOOK}  # who were asked just before are not asked again, but where they gave way
 
 _PATIENCE = 2.0  # seconds for which a load that is to be measured waits to be alone, and for which others leave it so
 _TIDY = 1.0  # seconds between two looks of one that waits at what others freed meanwhile
@@ -33,44 +35,42 @@ _REQUEST = 5.0  # seconds for which an evicted model may still be in the variabl
 _LOOK = 0.1  # seconds between two looks at whether it has ended: nothing wakes who waits for that
 
 
-class Applicant(Protocol):
-    """Who needs room in memory."""
+@attrs.define
+class _Try:
+    """How far one admission has come.
 
-    state: str
+    Attributes:
+        since: monotonic seconds at which it began.
+        most: models that may go at once where it was only guessed what they give back.
+        rows: decisions in a row at which evictions rested, as they did not help.
+        losses: decisions in a row at which nothing that others do would have made room.
+        bare: whether it goes on with less than its peak.
+        tidy: monotonic seconds before which freed heap is not given back again.
+        verdict: what came of asking other processes just before.
+    """
 
-    @property
-    def model(self) -> str:
-        """The id of the model that is to be loaded."""
-        ...
+    since: float = attrs.Factory(time.monotonic)
+    most: int = 1
+    rows: int = 0
+    losses: int = 0
+    bare: bool = False
+    tidy: float = 0.0
+    verdict: Verdict | None = None
 
-    @property
-    def nested(self) -> bool:
-        """Whether a loader under way waits for it: then it does not wait behind others."""
-        ...
 
-    def first(self, line: Iterable[object]) -> bool:
-        """Whether nobody in the line goes before it; the guard is held."""
-        ...
+@attrs.define
+class _Step(Generic[T]):
+    """What one decision came to.
 
-    def threads(self) -> set[object]:
-        """Return the identities of the threads that wait for it, or for room as it does; the guard is held."""
-        ...
+    Attributes:
+        asks: whether other processes are asked to give way.
+        victims: who goes here.
+        last: whether it is refused next.
+    """
 
-    def own_threads(self) -> set[object]:
-        """Return the identities of the threads that wait for it, and that run it; the guard is held."""
-        ...
-
-    def check(self) -> None:
-        """Raise Cancelled where it was told to stop, or nobody waits for it any more; the guard is held."""
-        ...
-
-    def hopeless(self) -> bool:
-        """Whether everybody who could give room waits for room too; the guard is held."""
-        ...
-
-    def refused(self, refusal: NoRoom | None) -> None:
-        """Note what stands in the way (None: nothing), for a waiter whose time ends meanwhile; the guard is held."""
-        ...
+    asks: bool = False
+    victims: list[Entry[T]] = attrs.Factory(list)
+    last: bool = False
 
 
 class Admission(Generic[T]):
@@ -84,6 +84,7 @@ class Admission(Generic[T]):
         evictor: carries out evictions.
         unloader: collects cycles.
         garbage: gives heap back.
+        appeal: asks other processes under the same limit.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Admission(Generic[T]):
         evictor: Evictor[T],
         unloader: Unloader[T],
         garbage: Garbage,
+        appeal: Appeal[T],
     ) -> None:
         self._tier = tier
         self._residents = residents
@@ -103,6 +105,8 @@ class Admission(Generic[T]):
         self._evictor = evictor
         self._unloader = unloader
         self._garbage = garbage
+        self._appeal = appeal
+        self._neighbours = appeal.neighbours
         self._solo: tuple[object, float] = (None, 0.0)  # who loads alone now, and until when others leave it so
 
     def admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
@@ -125,57 +129,109 @@ class Admission(Generic[T]):
                 self._guard.notify()
 
     def _admit(self, applicant: Applicant, token: object, plan: Plan) -> tuple[Limits, int]:
-        residents, most, rows, losses, bare = self._residents, 1, 0, 0, False
-        since, tidy, choose, vain = time.monotonic(), 0.0, self._choosing.choose, self._evictor.vain
+        residents, entry = self._residents, _Try()
         while True:
-            last = False  # whether it is refused next
             churn = residents.churn
             applicant.state = "loading"
+            known = self._neighbours.look()
             limits = self._tier.limits()
-            plan = _sober(plan, limits)
-            _refuse_too_large(applicant.model, plan, limits)
+            plan = needs.sober(plan, limits)
+            refuse_too_large(applicant.model, plan, limits)
             with self._guard:
                 residents.drain()
-                need = _bare(plan, limits) if bare else _peak(plan, limits)
+                need = needs.bare(plan, limits) if entry.bare else needs.peak(plan, limits)
                 shortage = self._choosing.newcomer(limits, need, plan.resident)
                 turn = applicant.nested or applicant.first(residents.line)
-                clear = self._clear(token, plan, since, nested=applicant.nested)
-                if turn and clear and shortage.fits and not self._leaving(applicant, applicant.model):
-                    crowded = self._others_load(applicant)
-                    residents.reserved[token] = attrs.evolve(plan, peak=need, thread=me())
-                    if plan.alone:
-                        self._solo = (token, time.monotonic() + _PATIENCE)
-                    applicant.refused(None)
-                    residents.churn += 1
-                    return limits, -1 if crowded else churn + 1
-                looked = token in residents.line  # only from now on a release sees that somebody waits
-                residents.line[token] = None
-                residents.update_short()
-                stopped = shortage.over_high > 0 and self._evictor.stopped()
-                able = looked and turn and clear and not stopped
-                victims = choose(shortage, most, whole=True, least=vain(limits)) if able else []
-                self._evictor.announce(victims, shortage, applicant.model)
-                if looked and not victims:
-                    if not bare and turn and self._may_go_bare(applicant, since):
-                        bare = True
-                    else:
-                        rows = rows + 1 if stopped else 0
-                        applicant.state = "waiting for room" if clear else "waiting for a measurement"
-                        lost = not rows and self._lost(applicant, shortage, turn=turn)
-                        losses = losses + 1 if lost else 0
-                        last = losses == 1 and shortage.over_high > 0 and not residents.holding_threads()
-                        self._wait(applicant, plan, shortage, losses=losses, rows=rows)
-            if last:
-                self._unloader.search(last=True)
-            elif not victims and shortage.over_high > 0 and time.monotonic() >= tidy:
-                self._unloader.collect(urgent=True)  # dead cycles and freed heap look used, but cost no eviction
-                self._garbage.give_back()
-                tidy = time.monotonic() + _TIDY
-            if victims:
-                most, losses = most * 2, 0
-                self._evictor.evict(victims, limits, shortage.reason)
-                if shortage.over_high > 0:
-                    self._unloader.collect(urgent=True)
+                clear = self._clear(token, plan, entry.since, nested=applicant.nested)
+                fits = turn and clear and shortage.fits and not self._leaving(applicant, applicant.model)
+                if fits and self._neighbours.others and residents.churn != churn:
+                    continue  # one that has landed meanwhile is perhaps not in the reading yet
+                if fits:
+                    crowded = self._reserve(applicant, token, attrs.evolve(plan, peak=need, thread=me()))
+                else:
+                    step = self._decide(applicant, token, plan, entry, shortage, limits, turn=turn, clear=clear)
+            if not fits:
+                self._act(applicant, entry, step, shortage, limits)
+            elif self._neighbours.claim(known):
+                return limits, -1 if crowded else churn + 1
+            else:
+                self._take_back(token)
+
+    def _decide(
+        self,
+        applicant: Applicant,
+        token: object,
+        plan: Plan,
+        entry: "_Try",
+        shortage: Shortage,
+        limits: Limits,
+        *,
+        turn: bool,
+        clear: bool,
+    ) -> "_Step[T]":
+        """Decide, for one that does not fit now, who goes or who is asked; else wait; the guard is held."""
+        residents = self._residents
+        looked = token in residents.line  # only from now on a release sees that somebody waits
+        residents.line[token] = None
+        residents.update_short()
+        stopped = shortage.over_high > 0 and self._evictor.stopped()
+        able = looked and turn and clear and not stopped
+        step: _Step[T] = _Step(asks=able and entry.verdict in _ASKED_ANEW and self._neighbours.apply(shortage))
+        if able and not step.asks:
+            step.victims = self._choose(shortage, limits, entry)
+        self._evictor.announce(step.victims, shortage, applicant.model)
+        if not looked or step.victims or step.asks:
+            return step
+        if not entry.bare and turn and self._may_go_bare(applicant, entry.since):
+            entry.bare = True
+            return step
+        entry.rows = entry.rows + 1 if stopped else 0
+        applicant.state = "waiting for room" if clear else "waiting for a measurement"
+        lost = not entry.rows and self._lost(applicant, shortage, turn=turn)
+        entry.losses = entry.losses + 1 if lost else 0
+        step.last = entry.losses == 1 and shortage.over_high > 0 and not residents.holding_threads()
+        self._wait(applicant, plan, shortage, losses=entry.losses, rows=entry.rows)
+        return step
+
+    def _act(self, applicant: Applicant, entry: "_Try", step: "_Step[T]", shortage: Shortage, limits: Limits) -> None:
+        """Do, outside the guard, what was decided."""
+        entry.verdict = self._appeal.ask(shortage, applicant.model, applicant.check) if step.asks else None
+        if step.last:
+            self._unloader.search(last=True)
+        elif not step.victims and not step.asks and shortage.over_high > 0 and time.monotonic() >= entry.tidy:
+            self._unloader.collect(urgent=True)  # dead cycles and freed heap look used, but cost no eviction
+            self._garbage.give_back()
+            entry.tidy = time.monotonic() + _TIDY
+        if step.victims:
+            entry.most, entry.losses = entry.most * 2, 0
+            self._evictor.evict(step.victims, limits, shortage.reason)
+            if shortage.over_high > 0:
+                self._unloader.collect(urgent=True)
+
+    def _reserve(self, applicant: Applicant, token: object, plan: Plan) -> bool:
+        """Set aside what a load takes; return whether others are under way beside it."""
+        crowded = self._others_load(applicant)
+        self._residents.reserved[token] = plan
+        if plan.alone:
+            self._solo = (token, time.monotonic() + _PATIENCE)
+        applicant.refused(None)
+        self._residents.churn += 1
+        return crowded
+
+    def _take_back(self, token: object) -> None:
+        """Set it aside no longer: another process was faster."""
+        with self._guard:
+            self._residents.reserved.pop(token, None)
+            self._residents.churn += 1
+            self._guard.notify()
+
+    def _choose(self, shortage: Shortage, limits: Limits, entry: "_Try") -> list[Entry[T]]:
+        """Choose who goes here: one where it is the least worthy of all processes', after which they are asked anew."""
+        if entry.verdict is Verdict.WAIT:
+            return []
+        if entry.verdict is Verdict.OWN:
+            return self._choosing.choose(shortage, 1, stepwise=True)
+        return self._choosing.choose(shortage, entry.most, whole=True, least=self._evictor.vain(limits))
 
     def _clear(self, token: object, plan: Plan, since: float, *, nested: bool) -> bool:
         """Whether nobody is to be left alone: neither another load that is measured, nor, by others, this one.
@@ -195,9 +251,9 @@ class Admission(Generic[T]):
     def _may_go_bare(self, applicant: Applicant, since: float) -> bool:
         """Whether a load may go on with less than its peak reserved, as nothing makes room for that.
 
-        It waits for leases no longer than ``_PATIENCE``: they may be for ever.
+        It waits for leases no longer than ``_PATIENCE``: they may be for ever. Only one load under a limit does so.
         """
-        if self._others_load(applicant) or self._leaving(applicant):
+        if self._others_load(applicant) or self._leaving(applicant) or self._choosing.elsewhere:
             return False
         waited = time.monotonic() - since >= _PATIENCE
         return waited or self._residents.holding_threads() <= applicant.threads()
@@ -221,7 +277,7 @@ class Admission(Generic[T]):
             Cancelled: it was told to stop, or nobody waits for it any more.
         """
         applicant.check()
-        refusal = self._no_room(applicant.model, shortage)
+        refusal = no_room(applicant.model, shortage, self._residents)
         ending = self._ending(shortage)
         if rows > 1 or (losses > 1 and not ending):
             raise refusal
@@ -231,13 +287,15 @@ class Admission(Generic[T]):
             interval = _LOOK if len(self._residents.line) > 1 else 0.0
         if plan.alone or self._solo[0]:
             interval = min(interval, _PATIENCE)
-        if ending:
+        if ending or self._neighbours.hopeful(shortage):
             interval = min(interval, _LOOK)
         self._guard.wait(interval)
 
     def _lost(self, applicant: Applicant, shortage: Shortage, *, turn: bool) -> bool:
         """Whether nothing that others do will make room; the guard is held."""
         if shortage.fits or self._leaving(applicant) or not applicant.hopeless():
+            return False
+        if self._neighbours.hopeful(shortage):
             return False
         own = applicant.own_threads() & self._residents.holding_threads()
         mine = turn or bool(own)  # else the head of the line decides
@@ -248,72 +306,3 @@ class Admission(Generic[T]):
     def _ending(self, shortage: Shortage) -> bool:
         """Whether memory is short while a model that just left is still referenced: by a request, for all we know."""
         return shortage.over_high > 0 and self._residents.lingering.youngest() < _REQUEST
-
-    def _no_room(self, model: str, shortage: Shortage) -> NoRoom:
-        """Return the error that says what is in the way; the guard is held."""
-        holders = self._residents.holders()
-        figures = shortage.figures
-        need = figures["need"]
-        show = str if shortage.reason is Reason.MAX_MODELS else format_bytes
-        setting = f"memory.{_SETTING[shortage.reason]}"
-        if shortage.fits:
-            why = "others wait for room before it: ask again"
-        elif holders:
-            why = f"leases hold {format_holders(holders)}: release leases, or raise {setting}"
-        elif shortage.reason is Reason.WATERMARK and (lingering := self._residents.lingering.bytes()):
-            why = (
-                f"evicting did not help, as somebody still references evicted models of {format_bytes(lingering)}: "
-                f"drop these references, use lease() rather than get(), or raise {setting}"
-            )
-        elif self._residents.tracked():
-            why = f"evicting did not help: free memory elsewhere in this process, or raise {setting}"
-        else:
-            why = f"that is the process without any model: raise {setting} well above it"
-        return NoRoom(
-            f"no room in memory for {model!a}: it needs {show(need)}, {setting} allows "
-            f"{show(figures['high'])} and {show(figures['used'])} are used; {why}",
-            model=model,
-            tier="memory",
-            need=need,
-            used=figures["used"],
-            limit=figures["high"],
-            holders=holders,
-        )
-
-
-_SETTING = {Reason.WATERMARK: "high", Reason.MEMORY_BUDGET: "budget", Reason.MAX_MODELS: "max_models"}
-
-
-def _sober(plan: Plan, limits: Limits) -> Plan:
-    """Return the plan of a load, which what other models became may not make larger than half of what is allowed."""
-    if plan.sure or limits.most == math.inf:
-        return plan
-    return attrs.evolve(plan, resident=min(plan.resident, max(plan.artifact, int(limits.most // 2))))
-
-
-def _peak(plan: Plan, limits: Limits) -> int:
-    """Return the bytes to reserve for a peak: one that is only estimated takes no more than half of what is allowed."""
-    return plan.peak if plan.peak_sure else min(plan.peak, max(plan.resident, limits.high // 2))
-
-
-def _bare(plan: Plan, limits: Limits) -> int:
-    """Return the least to reserve: a peak that was measured may go beyond ``high``, but not beyond the limit."""
-    if not plan.peak_sure or limits.reading is None:
-        return plan.resident
-    return max(plan.resident, plan.peak - max(limits.reading.limit - limits.high, 0))
-
-
-def _refuse_too_large(model: str, plan: Plan, limits: Limits) -> None:
-    bounds = [("budget", limits.budget)] if limits.budget is not None else []
-    if limits.reading is not None:
-        bounds.append(("high", limits.high))
-    for setting, bound in bounds:
-        if plan.resident > bound:
-            raise TooLarge(
-                f"model {model!a} needs {format_bytes(plan.resident)} of memory, more than memory.{setting} = "
-                f"{format_bytes(bound)} allows with nothing else loaded: raise it, or serve the model elsewhere",
-                model=model,
-                tier="memory",
-                need=plan.resident,
-                limit=bound,
-            )

@@ -24,11 +24,15 @@ class Choosing(Generic[T]):
     Args:
         residents: who is in memory.
         policy: who goes first.
+
+    Attributes:
+        elsewhere: bytes that other processes under the same limit have set aside for their loads.
     """
 
     def __init__(self, residents: Residents[T], policy: Policy) -> None:
         self._residents = residents
         self._policy = policy
+        self.elsewhere = 0
 
     def newcomer(self, limits: Limits, need: int, resident: int) -> Shortage:
         """Return what a newcomer lacks.
@@ -43,7 +47,7 @@ class Choosing(Generic[T]):
         """
         reserved = sum(hold.peak for hold in self._residents.reserved.values())
         used = self._residents.expect(limits.reading.used) if limits.reading else 0
-        return self._shortage(limits, used + reserved, need, resident, 1)
+        return self._shortage(limits, used + reserved + self.elsewhere, need, resident, 1)
 
     def present(self, limits: Limits, *, reserved: bool, floor: int | None = None) -> Shortage:
         """Return what the models in memory lack themselves.
@@ -131,6 +135,10 @@ class Choosing(Generic[T]):
                 picked.remove(entry)
                 shortage = spared
         return [entry for entry in picked if self._residents.retire(entry, shortage.reason)]
+
+    def least(self) -> Entry[T] | None:
+        """Return who would go next; what was loaded before a fork gives nothing back, and is not among them."""
+        return next((entry for entry in self._ranked(0, None) if not (entry.inherited or entry.doomed)), None)
 
     def suffices(self, shortage: Shortage) -> bool:
         """Whether all that may go now would be enough; for the watermark it may be where a footprint was guessed."""

@@ -47,6 +47,7 @@ class Entry(Generic[T]):
         keeps: what must stay open as long as it is in memory: its pin on the disk tier.
         hits: lookups that found it, booked when the uses are drained.
         used: seconds since the epoch of its last use, booked likewise; ``tick``: the same, monotonic.
+        born: monotonic seconds at which it was loaded.
         version: the source's version of what it was loaded from; None where that is not known.
         outdated: whether a newer version was brought in, so that nobody takes this one back.
         warned: whether the age of a lease on it was told.
@@ -54,6 +55,7 @@ class Entry(Generic[T]):
 
     __slots__ = (
         "begun",
+        "born",
         "bytes",
         "cost",
         "desk",
@@ -100,7 +102,7 @@ class Entry(Generic[T]):
         self.keeps = keeps
         self.hits = 0
         self.used = time.time()
-        self.tick = time.monotonic()
+        self.tick = self.born = time.monotonic()
         self.version: str | None = None
         self.outdated = False
         self.warned = False

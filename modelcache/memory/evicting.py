@@ -22,6 +22,7 @@ T = TypeVar("T")
 _WORTH_IT = 4  # a search that brings back a fourth of what is missing was worth its time
 _VAIN = 16  # no more than this share of ``high`` is asked for since less was promised in vain
 _GRAIN = 64  # less than this share of ``high`` tells nothing: small models leave holes in a heap that stays
+_MEASURED = {Reason.WATERMARK, Reason.NEIGHBOUR}  # reasons for which the gauge is to fall
 _REST = 8.0  # intervals of the monitor for which evictions rest at first that did not help
 
 
@@ -82,7 +83,7 @@ class Evictor(Generic[T]):
         with self._guard:
             explained = sum(plan.peak for plan in self._residents.reserved.values())
             booked = self._residents.occupied()
-        collected = self._unloader.carry_out(victims, trim=reason is Reason.WATERMARK)
+        collected = self._unloader.carry_out(victims, trim=reason in _MEASURED)
         batch = [entry for entry in batch if entry.begun and entry.retirer is me()]  # the others were asked for again
         promised = sum(0 if entry.inherited else entry.bytes for entry in batch)
         seen = promised - sum(0 if entry.inherited else entry.latent for entry in batch)
@@ -90,13 +91,13 @@ class Evictor(Generic[T]):
         after = self._tier.limits()
         if before.reading is None or after.reading is None or not batch:
             return
-        judged = reason is Reason.WATERMARK and seen > 0 and before.reading.used >= booked  # else it need not fall
+        judged = reason in _MEASURED and seen > 0 and before.reading.used >= booked  # else it need not fall
         with self._guard:
-            freed, grain = before.reading.used - after.reading.used, self._grain(after, batch)
+            freed, grain = before.reading.mine - after.reading.mine, self._grain(after, batch)
             missing = self.futility.missing(seen, freed, explained, grain) if judged and not collected else 0
             last = self.futility.verging
         if missing:
-            collected, after = self._search(missing, after.reading.used, last=last)
+            collected, after = self._search(missing, after.reading.mine, last=last)
         if after.reading is None:
             return
         event = Reclaimed(
@@ -106,7 +107,7 @@ class Evictor(Generic[T]):
             reason=reason,
             duration=time.monotonic() - started,
             promised=promised,
-            freed=before.reading.used - after.reading.used,
+            freed=before.reading.mine - after.reading.mine,
             models=len(models),
             collected=collected,
             **_figures(after),
@@ -131,11 +132,14 @@ class Evictor(Generic[T]):
         return max(limits.high // _GRAIN, sizes[len(sizes) // 2] * 7 // 8)
 
     def _search(self, missing: int, used: int, *, last: bool) -> tuple[bool, Limits]:
-        """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then."""
+        """Look for ``missing`` bytes in cycles; return whether that was done, and what the gauge says then.
+
+        ``used``: bytes that this process had before.
+        """
         searched = self._unloader.search(last=last)
         after = self._tier.limits()
         if searched and after.reading is not None:
-            self._unloader.judge_search(helped=(used - after.reading.used) * _WORTH_IT >= missing)
+            self._unloader.judge_search(helped=(used - after.reading.mine) * _WORTH_IT >= missing)
         return searched, after
 
     def _pressure(self, limits: Limits) -> Pressure:

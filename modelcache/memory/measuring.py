@@ -88,7 +88,7 @@ class Measuring(Generic[T]):
             return None, scale.before
         if scale.before is None or after is None:
             return None, after
-        grown = after.used - scale.before.used - scale.parts
+        grown = after.mine - scale.before.mine - scale.parts
         latent = 0
         if self._tier.measures_process and _may_map(scale.plan, grown):
             latent = untouched(path)
@@ -111,14 +111,14 @@ class Measuring(Generic[T]):
         self._garbage.give_back()
         after = self._tier.read()
         if after is not None:
-            self._garbage.judge(helped=reading.used - after.used >= _GARBAGE)
+            self._garbage.judge(helped=reading.mine - after.mine >= _GARBAGE)
         return after
 
     def _excessive(self, scale: Scale, reading: Reading | None) -> bool:
         if reading is None or scale.before is None:
             return False
         expected = scale.plan.resident * _MUCH + _GARBAGE
-        return reading.used - scale.before.used - scale.parts > expected
+        return reading.mine - scale.before.mine - scale.parts > expected
 
 
 def _may_map(plan: Plan, grown: int) -> bool:

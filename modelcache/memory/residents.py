@@ -22,7 +22,16 @@ from modelcache.policies import Policy, Resident
 T = TypeVar("T")
 
 _USES = 2**17  # notes of use between two drains; beyond it the oldest are lost, and hit counts read low
-_SPARED = frozenset({Reason.WATERMARK, Reason.MEMORY_BUDGET, Reason.MAX_MODELS, Reason.IDLE, Reason.MEMORY_ERROR})
+_SPARED = frozenset(
+    {
+        Reason.WATERMARK,
+        Reason.NEIGHBOUR,
+        Reason.MEMORY_BUDGET,
+        Reason.MAX_MODELS,
+        Reason.IDLE,
+        Reason.MEMORY_ERROR,
+    }
+)
 _TOLD = 10_000  # uses of one drain that the policy hears of; older ones only count
 
 

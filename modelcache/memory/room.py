@@ -10,17 +10,20 @@ from typing import Generic, TypeVar
 
 from modelcache.events import Event, Pressure, Reason
 from modelcache.guard import Guard
+from modelcache.memory.asking import Appeal, Verdict
 from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.garbage import Garbage
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
-from modelcache.memory.tier import MemoryTier
+from modelcache.memory.tier import Limits, MemoryTier
 from modelcache.memory.unloading import Unloader
 from modelcache.telling import Teller
 
 T = TypeVar("T")
+
+_ASKED_ANEW = {None, Verdict.LOOK}
 
 
 class Room(Generic[T]):
@@ -35,6 +38,7 @@ class Room(Generic[T]):
         evictor: carries out evictions.
         garbage: gives heap back.
         teller: takes events.
+        appeal: asks other processes under the same limit.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Room(Generic[T]):
         evictor: Evictor[T],
         garbage: Garbage,
         teller: Teller,
+        appeal: Appeal[T],
     ) -> None:
         self._tier = tier
         self._residents = residents
@@ -56,6 +61,8 @@ class Room(Generic[T]):
         self._evictor = evictor
         self._garbage = garbage
         self._teller = teller
+        self._appeal = appeal
+        self._neighbours = appeal.neighbours
 
     def enforce(self) -> None:
         """Evict what the limits demand now; returns once all that must go, and may, is gone, or it does not help."""
@@ -80,8 +87,10 @@ class Room(Generic[T]):
         """
         residents, most, trimmed, floor = self._residents, 1, False, None
         crossed: Shortage | None = None
+        verdict: Verdict | None = None
         while True:
             limits = self._tier.limits()
+            self._look_around(limits, outside=outside)
             with self._guard:
                 residents.drain()
                 shortage = self._choosing.present(limits, reserved=not outside, floor=floor)
@@ -94,20 +103,30 @@ class Room(Generic[T]):
                         return
                     continue
                 trim = not trimmed and shortage.over_high > 0  # freed heap looks used, but costs no eviction
-                victims = [] if trim else self._choosing.choose(shortage, most, stepwise=outside)
-                if outside and crossed is None and not trim and shortage.over_high > residents.deficit:
+                deficit = residents.deficit + self._neighbours.deficit
+                if outside and crossed is None and not trim and shortage.over_high > deficit:
                     floor = limits.low
+                asks = outside and not trim and verdict in _ASKED_ANEW and self._neighbours.apply(shortage)
+                victims = [] if trim or asks else self._choosing.choose(shortage, most, stepwise=outside)
                 crossed = crossed if trim or shortage.fits else shortage
                 self._evictor.announce(victims, crossed or shortage, None)
-                if not victims and not trim and self._settled(shortage):
+                if not victims and not trim and not asks and self._settled(shortage):
                     return
+            verdict = self._appeal.ask(shortage, None, _no_check, common=True) if asks else None
+            if verdict is Verdict.HELPED:
+                return  # whoever has asked goes on
             if trim:
                 trimmed = True
                 self._unloader.collect(urgent=not outside)
                 self._garbage.give_back()
             elif victims:
-                most *= 2
+                most = most * 2 if verdict is not Verdict.OWN else 1
                 self._evictor.evict(victims, limits, shortage.reason)
+
+    def _look_around(self, limits: Limits, *, outside: bool) -> None:
+        """Learn who else is under a limit that is passed; while nothing is short nobody looks."""
+        if outside and limits.reading is not None and limits.reading.used > limits.high:
+            self._neighbours.look()
 
     def _settled(self, shortage: Shortage) -> bool:
         """Book whether a limit stays unmet; False: look once more, for what moved before it could be seen."""
@@ -201,3 +220,7 @@ class Room(Generic[T]):
         if found:
             self._evictor.carry_out(victims)
         return found
+
+
+def _no_check() -> None:
+    """Stop for nothing."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import attrs
 
 from modelcache.errors import ConfigError
-from modelcache.gauges import ContainerGauge, Gauge, HostGauge, ProcessGauge, Reading, SafeGauge
+from modelcache.gauges import ContainerGauge, Gauge, HostGauge, ProcessGauge, Reading, SafeGauge, default_gauge
 from modelcache.policies import Policy, make_policy
 from modelcache.units import Percent, Size, format_bytes, parse_count, parse_seconds, parse_size
 
@@ -46,10 +46,11 @@ class Limits:
 class MemoryTier:
     """How much memory models may use, and which of them gives way.
 
-    Used memory is measured by the gauge: by default what this process has resident, against the smallest of
-    the limits of its container (cgroup v1 and v2) and of the machine. Before a load, just enough is evicted that used
-    memory and what the newcomer needs stay at most ``high``; growth from outside is answered by a monitor thread,
-    which evicts from above ``high`` down to ``low``.
+    Used memory is measured by the gauge: by default what the container uses, against its limit (the smallest of those
+    of its cgroups, v1 and v2); without one what this process has resident, against the machine's memory. Before a load,
+    just enough is evicted that used memory and what the newcomer needs stay at most ``high``; growth from outside is
+    answered by a monitor thread, which evicts from above ``high`` down to ``low``. Processes that share such a limit,
+    and a disk folder, agree: the model that is worth least goes, whichever of them has it.
 
     Args:
         high: upper watermark: a percentage of the limit (it follows a limit that changes), or a size
@@ -60,7 +61,8 @@ class MemoryTier:
         max_models: most models in memory, loading and unloading ones counted. None: no such bound.
         policy: ``"worth"`` (measured bytes, load seconds and frequency), ``"lru"``, ``"lfu"``, ``"fifo"``, or a
             ``policies.Policy``.
-        gauge: what reads used memory and its limit; None: ``gauges.ProcessGauge()``.
+        gauge: what reads used memory and its limit; None: ``gauges.ContainerGauge()`` where a cgroup has a limit below
+            the machine's memory, else ``gauges.ProcessGauge()``.
         interval: seconds between two looks of the monitor.
         idle_after: seconds after which a model that nobody used is dropped, to within ``interval``; None: never.
         lease_warning: seconds after which a lease that is still held is told once, as ``Pressure``; None: never.
@@ -117,7 +119,7 @@ class MemoryTier:
                 setting="gauge",
                 value=gauge,
             )
-        self._gauge = SafeGauge(ProcessGauge() if gauge is None else gauge)
+        self._gauge = SafeGauge(default_gauge() if gauge is None else gauge)
         self._changed: Callable[[], None] | None = None
         self._check_order(self._high, self._low)
 
@@ -156,6 +158,15 @@ class MemoryTier:
     def measures_process(self) -> bool:
         """Whether the gauge is one of ours, that sees this process's own memory."""
         return isinstance(self._gauge.gauge, ProcessGauge | ContainerGauge | HostGauge)
+
+    @property
+    def shared(self) -> str | None:
+        """Which limit other processes share; None: nobody does, as far as the gauge says."""
+        try:
+            shared = getattr(self._gauge.gauge, "shared", None)
+        except Exception:  # noqa: BLE001 - a user's gauge, or no descriptor left
+            return None
+        return shared if isinstance(shared, str) else None
 
     @property
     def limit_source(self) -> str | None:

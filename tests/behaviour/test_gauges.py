@@ -30,6 +30,7 @@ from modelcache.gauges import (
     Reading,
     SafeGauge,
     check_reading,
+    default_gauge,
 )
 from tests.contracts.gauge_contract import GaugeContract
 from tests.support.cgroups import Group, child_cgroup
@@ -520,6 +521,45 @@ def test_v2_used(tree: Tree) -> None:
     tree.v2("app", 300 * MIB)
     tree.stat("app", **V2_STAT)
     assert container(tree) == ((100 + 30 + 7 + 15) * MIB, 300 * MIB, "sys/fs/cgroup/app/memory.max")
+
+
+def test_what_a_container_s_processes_share(tree: Tree) -> None:
+    """All under one limit name it alike, whatever group below it they are in; those under another name that."""
+    named = []
+    for group in ("app/one", "app/two", "other"):
+        tree.process(f"0::/{group}")
+        tree.v2("app", 300 * MIB)
+        tree.v2("other", 300 * MIB)
+        (tree.root / "sys/fs/cgroup" / group).mkdir(exist_ok=True)
+        named.append(ContainerGauge(tree.root).shared)
+    assert named[0] == named[1] != named[2]
+    assert None not in named
+    assert getattr(ProcessGauge(tree.root), "shared", None) is None
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_default_gauge_by_whether_a_limit_is_real(tree: Tree, version: str) -> None:
+    """The container's gauge is the default where its limit is one; without, or above the machine's, the process's."""
+    tree.process("4:memory:/app", "0::/app")
+    limit = tree.v1 if version == "v1" else tree.v2
+    assert isinstance(default_gauge(tree.root), ProcessGauge)
+    limit("app", 300 * MIB)
+    assert isinstance(default_gauge(tree.root), ContainerGauge)
+    limit("app", HOST * 2)
+    assert isinstance(default_gauge(tree.root), ProcessGauge)
+    limit("app", "max")
+    assert isinstance(default_gauge(tree.root), ProcessGauge)
+
+
+def test_reading_tells_what_is_the_process_s_own(tree: Tree) -> None:
+    """Of what a container uses, the reading says what this process has, by which its loads are weighed."""
+    tree.process("0::/app")
+    tree.v2("app", 300 * MIB)
+    tree.stat("app", **V2_STAT)
+    tree.resident(20 * MIB)
+    reading = ContainerGauge(tree.root).read()
+    assert (reading.used, reading.own, reading.mine) == (152 * MIB, 20 * MIB, 20 * MIB)
+    assert Reading(5, 10).mine == 5
 
 
 def test_v2_used_on_older_kernels(tree: Tree) -> None:

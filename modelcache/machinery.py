@@ -282,7 +282,7 @@ class Machinery(Generic[T]):
             each.reset_after_fork()
         entries = self.residents.reset_after_fork(me(), self._inherited or [])
         kept = [entry for entry in entries if isinstance(entry.keeps, Held)]
-        self.shelf.reset_after_fork([entry.keeps for entry in kept], [entry.keeps for entry in kept if entry.holds])
+        self.shelf.reset_after_fork([entry.keeps for entry in kept], [entry.keeps for entry in kept if entry.held()])
         self._inherited = entries
 
     def settle(self) -> None:

@@ -32,7 +32,7 @@ class Entry(Generic[T]):
         model: its id.
         value: what ``load`` returned; deleted once it is unloaded.
         spare: holds that no lease has; taken and put back without a lock.
-        holds: all that there are, by their ``id``: as many as were ever held at a time.
+        known: all holds that there are, by their ``id``: as many as were ever held at a time.
         retired: set, under the guard, by whoever takes it out of memory; undone where a hold came first.
         bytes: its footprint, as far as known.
         latent: of these, mapped pages that were not used when it was loaded: dropping them may free nothing.
@@ -62,9 +62,9 @@ class Entry(Generic[T]):
         "doomed",
         "farewell",
         "hits",
-        "holds",
         "inherited",
         "keeps",
+        "known",
         "latent",
         "model",
         "outdated",
@@ -87,7 +87,7 @@ class Entry(Generic[T]):
         self.model = model
         self.value = value
         self.spare: list[Hold[T]] = []
-        self.holds: dict[int, weakref.ref[Hold[T]]] = {}
+        self.known: dict[int, weakref.ref[Hold[T]]] = {}
         self.retired = False
         self.bytes = size
         self.sure = sure
@@ -109,9 +109,9 @@ class Entry(Generic[T]):
 
     def held(self) -> "list[Hold[T]]":
         """Return the holds that leases have now."""
-        if len(self.holds) == len(self.spare):  # most entries, most of the time
+        if len(self.known) == len(self.spare):  # most entries, most of the time
             return []
-        holds = [ref() for ref in list(self.holds.values())]
+        holds = [ref() for ref in list(self.known.values())]
         return [hold for hold in holds if hold is not None and hold.thread is not None]
 
     def ages(self) -> dict["Hold[T]", float]:
@@ -146,14 +146,14 @@ class Hold(Generic[T]):
         self.entry: Entry[T] | None = None
         self.thread: object = None
         self.since: float | None = None
-        entry.holds[id(self)] = weakref.ref(self)
+        entry.known[id(self)] = weakref.ref(self)
 
     def __del__(self) -> None:
         """Release what was forgotten, or what an interrupt kept from being released, and say so."""
         entry = getattr(self, "entry", None)  # an interrupt may have come before it was filled
         if entry is None:
             return
-        entry.holds.pop(id(self), None)
+        entry.known.pop(id(self), None)
         if self.thread is not None:
             self.thread = None
             entry.desk.orphaned(entry)

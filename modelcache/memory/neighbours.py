@@ -201,7 +201,7 @@ class Neighbours(Generic[T]):
         residents = self._residents
         residents.drain()
         entry = None if self._evictor.stopped() else self._choosing.least()
-        idle = sum(each.bytes for each in residents.entries() if not (each.holds or each.inherited)) if entry else 0
+        idle = sum(each.bytes for each in residents.entries() if not (each.held() or each.inherited)) if entry else 0
         account = Account(
             held=residents.occupied(),
             idle=idle,

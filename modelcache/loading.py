@@ -173,7 +173,7 @@ class Loader(Generic[T]):
             if flight.to_memory:
                 self._after_landing(flight, *self._bring_into_memory(flight, found))
         finally:
-            if isinstance(found, Held) and flight.entry is None:  # else the entry keeps it
+            if isinstance(found, Held) and (flight.entry is None or not self.shelf.keep_files):  # else its entry does
                 self.shelf.release(found)
 
     def _outdated(self, model: str, found: Held | InPlace) -> bool:

@@ -53,6 +53,7 @@ class Shelf:
     ) -> None:
         self._store = store = tier.store
         self._verify = tier.verify
+        self.keep_files = tier.keep_files
         self._source = source
         self._teller = teller
         self._guard = guard

@@ -39,6 +39,8 @@ class DiskTier:
         verify: when an artifact's files are read in full and compared with the digest stored at their publication:
             ``"first_use"`` in each process, ``"always"`` before each load, or ``"never"``. What is damaged is
             removed, told by a ``Failed`` event with reason ``DAMAGED``, and fetched again.
+        keep_files: whether a model in memory keeps its artifact on disk, as it may have mapped it. False: your loaders
+            read all at once, so the artifact may be evicted as soon as the model is loaded, and room goes to others.
 
     Raises:
         ConfigError: a setting can't work, or the folder can't be one.
@@ -51,6 +53,7 @@ class DiskTier:
     __slots__ = (
         "_budget",
         "_changed",
+        "_keep_files",
         "_min_free",
         "_mode",
         "_policy",
@@ -66,12 +69,14 @@ class DiskTier:
         policy: str | Policy = "worth",
         mode: int = 0o700,
         verify: str = "first_use",
+        keep_files: bool = True,  # noqa: FBT001, FBT002 - all are given by name
     ) -> None:
         self._budget = _parse_budget(budget)
         self._min_free = parse_size(min_free, "min_free", zero=True)
         self._policy = make_policy(policy, "policy")
         self._mode = _check_mode(mode)
         self._verify = _check_verify(verify)
+        self._keep_files = _check_keep_files(keep_files)
         self._store: Store | None = None
         self._changed: Callable[[], None] | None = None
         if path is not None:
@@ -135,6 +140,11 @@ class DiskTier:
         """When artifacts are compared with their digest; fixed at construction."""
         return self._verify
 
+    @property
+    def keep_files(self) -> bool:
+        """Whether models in memory keep their artifacts; fixed at construction."""
+        return self._keep_files
+
     def _bytes(self, size: Size) -> int:
         return size.of(self.store.total()) if isinstance(size, Percent) else size
 
@@ -174,6 +184,12 @@ def _check_verify(verify: object) -> str:
     if isinstance(verify, str) and verify in {"never", "first_use", "always"}:
         return verify
     raise ConfigError(f"verify={verify!r} must be 'never', 'first_use' or 'always'", setting="verify", value=verify)
+
+
+def _check_keep_files(keep_files: object) -> bool:
+    if isinstance(keep_files, bool):
+        return keep_files
+    raise ConfigError(f"keep_files={keep_files!r} must be True or False", setting="keep_files", value=keep_files)
 
 
 def _parse_budget(value: int | str | None) -> Size | None:

@@ -305,6 +305,55 @@ def test_policy_is_asked_for_no_more_than_goes(make_cache: MakeCache) -> None:
     assert [model for model, _ in evictions(cache)] == ["a", "c"]
 
 
+# Loaders that read all at once
+
+
+def test_artifact_may_leave_under_its_model(make_cache: MakeCache, source: DictSource) -> None:
+    """With ``keep_files=False`` an artifact is evicted as if its model were not in memory, which goes on to be served."""
+    cache = make_cache(source, disk={"keep_files": False})
+    assert cache.disk.keep_files is False
+    for model in "abc":
+        cache.get(model)
+    cache.disk.budget = 1
+    assert evictions(cache) == [("a", "disk"), ("b", "disk"), ("c", "disk")]
+    assert cache.stats().disk_used == allocated(cache.disk.path) == 0
+    opens = list(source.opens)
+    assert [cache.get(model).model for model in "abc"] == ["a", "b", "c"]
+    assert source.opens == opens
+    assert [(row.model, row.tier) for row in cache.models()] == [("a", "memory"), ("b", "memory"), ("c", "memory")]
+    assert not cache.refresh("a")
+    cache.disk.budget = None
+    assert cache.unload("a")
+    assert on_disk(cache) == ["b", "c"]
+    assert cache.get("a").model == "a"
+    assert source.opens == [*opens, "a"]
+    assert cache.delete("b")
+    assert on_disk(cache) == ["a", "c"]
+
+
+def test_figures_outlast_a_model_whose_artifact_may_leave(make_cache: MakeCache, source: DictSource) -> None:
+    """With ``keep_files=False`` the figures of a model are kept beside an artifact that is still there."""
+    with make_cache(source, disk={"keep_files": False}) as cache:
+        cache.get("a")
+        (figures,) = cache.disk.path.glob("models/*/figures.json")
+        before = figures.read_bytes()
+        cache.unload("a")
+        assert figures.read_bytes() != before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_where_artifacts_may_leave(make_cache: MakeCache, source: DictSource) -> None:
+    """With ``keep_files=False`` a forked child serves what its parent had in memory, and takes nothing from it."""
+    cache = make_cache(source, disk={"keep_files": False})
+    cache.get("a")
+    child = os.fork()
+    if not child:
+        os._exit(0 if cache.get("a").model == "a" and cache.unload("a") and cache.get("a").model == "a" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert cache.get("a").model == "a"
+    assert source.opens == ["a"]
+
+
 # Worth
 
 

@@ -4,7 +4,6 @@ The calls, and what must hold after each, are those of ``test_cache_model``. For
 work are in ``interleave/test_fork``. All of it happens in a process of its own, whose threads are idle at each fork.
 """
 
-import fcntl
 import gc
 import json
 import os
@@ -20,6 +19,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 
 from modelcache import NoRoom
+from modelcache.disk.opening import make_pins
 from tests.property.test_cache_model import Twins, Versioned, models
 from tests.support.children import run
 from tests.support.fakes import allocated
@@ -39,14 +39,8 @@ steps = st.lists(step, max_size=6)
 
 def is_locked(folder: Path) -> bool:
     """Return whether some process reads a published folder, so that none may remove it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    with make_pins(folder.parents[1], 0o700, writable=True).claim(folder) as claimed:
+        return not claimed
 
 
 def is_whole(value: Versioned) -> bool:

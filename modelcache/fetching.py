@@ -117,6 +117,19 @@ class Fetcher(Generic[T]):
         flight.renewed = served is not None and found.version != served
         return found
 
+    def is_current(self, flight: Flight[T]) -> bool:
+        """Whether a look for a new version is over: the source has what is in memory, which needs no artifact."""
+        with self.guard:
+            entry = self.residents.resident.get(flight.model)
+            if entry is None or flight.model in self.shelf.index.models:
+                return False
+        artifact = self.source.find(flight.model)
+        with self.guard:
+            stays = entry.version == artifact.version and self.residents.resident.get(flight.model) is entry
+            if stays and not flight.to_memory:
+                self.flights.land(flight, None)
+            return stays and not flight.to_memory
+
     def _trip(self, flight: Flight[T]) -> Trip[T]:
         return Trip(flight, self.flights, self.residents, self.shelf.index)
 

@@ -161,6 +161,8 @@ class Loader(Generic[T]):
         return failure
 
     def _fly(self, flight: Flight[T]) -> None:
+        if flight.refresh and self.fetcher.is_current(flight):
+            return
         found = self.fetcher.find(flight)
         try:
             announce_on_disk(flight, self.guard)

@@ -309,7 +309,7 @@ def test_policy_is_asked_for_no_more_than_goes(make_cache: MakeCache) -> None:
 
 
 def test_artifact_may_leave_under_its_model(make_cache: MakeCache, source: DictSource) -> None:
-    """With ``keep_files=False`` an artifact is evicted as if its model were not in memory, which goes on to be served."""
+    """With ``keep_files=False`` an artifact is evicted under its model, which is served all the same."""
     cache = make_cache(source, disk={"keep_files": False})
     assert cache.disk.keep_files is False
     for model in "abc":
@@ -333,10 +333,11 @@ def test_artifact_may_leave_under_its_model(make_cache: MakeCache, source: DictS
 
 def test_figures_outlast_a_model_whose_artifact_may_leave(make_cache: MakeCache, source: DictSource) -> None:
     """With ``keep_files=False`` the figures of a model are kept beside an artifact that is still there."""
-    with make_cache(source, disk={"keep_files": False}) as cache:
+    with make_cache(source, disk={"keep_files": False}, memory={"policy": "worth"}) as cache:
         cache.get("a")
         (figures,) = cache.disk.path.glob("models/*/figures.json")
         before = figures.read_bytes()
+        cache.get("a")
         cache.unload("a")
         assert figures.read_bytes() != before
 

@@ -39,6 +39,7 @@ from tests.support.archives import (
 )
 from tests.support.children import run
 from tests.support.fakes import DictSource, allocated
+from tests.support.racing import allocated as at_one_moment
 from tests.support.racing import small_cache
 
 
@@ -247,9 +248,7 @@ def test_f074_bomb_meets_the_budget(tmp_path: Path, name: str) -> None:
     def watch() -> None:
         nonlocal most
         while not over.is_set():
-            sizes = dict(_sizes(tmp_path / "disk"))
-            if all(path.exists() for path in sizes):  # else they were not there at the same time
-                most = max(most, sum(sizes.values()))
+            most = max(most, at_one_moment(tmp_path / "disk"))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -263,16 +262,6 @@ def test_f074_bomb_meets_the_budget(tmp_path: Path, name: str) -> None:
         thread.join()
     assert caught.value.tier == "disk"
     assert 0 < most <= 8 << 20
-
-
-def _sizes(folder: Path) -> Iterator[tuple[Path, int]]:
-    for place, _, names in os.walk(folder):
-        for name in names:
-            if not name.startswith("ledger"):
-                try:
-                    yield (path := Path(place, name)), path.lstat().st_blocks * 512
-                except OSError:
-                    continue
 
 
 def test_f074_bomb_without_a_budget(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_lease_of_the_forking_thread_outlives_the_parent(tmp_path: Path, kind: s
         with orphan(tmp_path, kind, dedented(script)):
             assert cache.delete("b") is True
             assert cache.delete("a") is False
-        assert cache.delete("a") is True
+        assert eventually(lambda: cache.delete("a"))
 
 
 def test_child_takes_over_at_its_first_use(tmp_path: Path, kind: str) -> None:
@@ -105,7 +105,7 @@ def test_child_takes_over_at_its_first_use(tmp_path: Path, kind: str) -> None:
         with orphan(tmp_path, kind, "leave(lambda: cache.get('b'))"):
             assert cache.delete("a") is False
             assert cache.delete("b") is False
-        assert cache.delete("a") is True
+        assert eventually(lambda: cache.delete("a"))  # its last thread may end a moment after its first
 
 
 def dedented(script: str) -> str:

@@ -169,7 +169,8 @@ class Loader(Generic[T]):
             with self.guard:
                 if flight.refresh:
                     self.residents.outdate(flight.model, found.version)
-                    flight.to_memory = flight.to_memory or self._outdated(flight.model, found)
+                    entry = self.residents.resident.get(flight.model)
+                    flight.to_memory |= entry is not None and entry.version != found.version
                 if not flight.to_memory:
                     self.flights.land(flight, None)
             if flight.to_memory:
@@ -177,11 +178,6 @@ class Loader(Generic[T]):
         finally:
             if isinstance(found, Held) and (flight.entry is None or not self.shelf.keep_files):  # else its entry does
                 self.shelf.release(found)
-
-    def _outdated(self, model: str, found: Held | InPlace) -> bool:
-        """Whether what is in memory is another version than what was found; the guard is held."""
-        entry = self.residents.resident.get(model)
-        return entry is not None and entry.version != found.version
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:
         """Make room, load and land; from then on the entry keeps what was found."""

@@ -1,6 +1,7 @@
 """What was aimed at, and whether it was reached in this run; and where a peer was faster.
 
-All are ratios of rows of the same round, so that a busy machine changes them less than seconds.
+All are ratios of rows of the same round, so that a busy machine changes them less than seconds; those of processor
+time, beside them, it changes least, though they tell nothing of what runs at once.
 """
 
 import statistics
@@ -49,29 +50,30 @@ _TARGETS = (
 )
 
 
-def ratios(figures: Figures, mine: str, peer: str) -> list[float] | None:
-    """Return how many times faster ``mine`` was, round by round; None where one of the two was skipped."""
+def ratios(figures: Figures, mine: str, peer: str, what: str = "seconds") -> list[float] | None:
+    """Return how many times faster (or ``cpu``) ``mine`` was, round by round; None where one of the two was skipped."""
     if any("skipped" in (figures.get(name) or [{"skipped": ""}])[0] for name in (mine, peer)):
         return None
     pairs = zip(figures[mine], figures[peer], strict=True)
-    return [theirs["seconds"] / ours["seconds"] for ours, theirs in pairs]
+    return [theirs[what] / ours[what] for ours, theirs in pairs]
 
 
 def report(case: str, figures: Figures) -> None:
     """Print the targets of a case, then the peers that were faster."""
-    lines = [["target", "at least", "median", "(min..max)", ""]]
+    lines = [["target", "at least", "median", "(min..max)", "by CPU s", ""]]
     for target in _TARGETS:
         found = ratios(figures, target.mine, target.peer) if target.case == case else None
         if found is not None:
             median = statistics.median(found)
             name = f"{target.mine}: times as fast as {target.peer}"
             spread = f"{min(found):.2f}..{max(found):.2f}"
+            cpu = statistics.median(ratios(figures, target.mine, target.peer, "cpu") or [])
             reached = "reached" if median >= target.least else "MISSED"
-            lines.append([name, f"{target.least:.2f}", f"{median:.2f}", spread, reached])
+            lines.append([name, f"{target.least:.2f}", f"{median:.2f}", spread, f"{cpu:.2f}", reached])
     if case == "file" and "skipped" not in (figures.get(OURS) or [{"skipped": ""}])[0]:
         peak = max(value["peak"] for value in figures[OURS]) / MIB
         reached = "reached" if peak <= _PEAK else "MISSED"
-        lines.append([f"{OURS}: peak MiB, at most", f"{_PEAK}", f"{peak:.0f}", "", reached])
+        lines.append([f"{OURS}: peak MiB, at most", f"{_PEAK}", f"{peak:.0f}", "", "", reached])
     if len(lines) > 1:
         grid("targets", lines)
     for name in figures:

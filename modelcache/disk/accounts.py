@@ -19,6 +19,7 @@ class Account:
     Attributes:
         held: bytes of the models that it has in memory.
         idle: of these, bytes that may go now.
+        guessed: whether some of those were never measured, so that more may come back.
         reserved: bytes set aside for its loads under way.
         moves: how often something came or went there: what a load took is in every reading made after it has ended.
         deficit: bytes above ``high`` that its loads took beyond what was expected of them.
@@ -37,6 +38,7 @@ class Account:
 
     held: int = 0
     idle: int = 0
+    guessed: bool = False
     reserved: int = 0
     moves: int = 0
     deficit: int = 0

@@ -201,10 +201,11 @@ class Neighbours(Generic[T]):
         residents = self._residents
         residents.drain()
         entry = None if self._evictor.stopped() else self._choosing.least()
-        idle = sum(each.bytes for each in residents.entries() if not (each.holds or each.inherited)) if entry else 0
+        idle = [each for each in residents.entries() if not (each.holds or each.inherited)] if entry else []
         account = Account(
             held=residents.occupied(),
-            idle=idle,
+            idle=sum(each.bytes for each in idle),
+            guessed=any(not each.sure for each in idle),
             reserved=sum(plan.peak for plan in residents.reserved.values()),
             moves=residents.churn,
             deficit=residents.deficit,

@@ -26,7 +26,7 @@ class Account:
         model: its least worthy model; None: none may go.
         rank: what that one is worth, comparable between processes; None: none may go.
         bytes: what its going gives back.
-        answered: when it said all this.
+        answered: when it last answered what the others ask.
         giving: bytes that it is giving up for another process just now.
         asked: when it asked the others for room.
         wants: bytes that it asks for, less what the others have promised; 0: it asks for nothing.

@@ -212,7 +212,6 @@ class Neighbours(Generic[T]):
             model=entry.model if entry else None,
             rank=self._worthiness.rate(entry) if entry else None,
             bytes=entry.bytes if entry else 0,
-            answered=time.monotonic(),
         )
         return account, entry
 
@@ -278,7 +277,7 @@ class Neighbours(Generic[T]):
         )
 
 
-_ASKING = ("giving", "asked", "wants", "common", "for_model", "without", "figures")
+_ASKING = ("answered", "giving", "asked", "wants", "common", "for_model", "without", "figures")
 
 
 def lowest(rows: dict[str, Account]) -> str | None:

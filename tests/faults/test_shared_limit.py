@@ -263,7 +263,7 @@ def test_paused_process_is_waited_for_two_intervals_once(worker: Start) -> None:
 
 
 def test_who_waits_does_not_ring_back_for_ever(worker: Start) -> None:
-    """Two that wait for a third, whose ``unload=`` hangs, answer each other once, and each evicts its own in the end."""
+    """Two that wait for a third, whose ``unload=`` hangs, answer each other once; then each evicts its own."""
     one, two, three = worker("one"), worker("two"), worker("three", stays="c0")
     three("get", "c0")
     one("get", *names("a", 5))

@@ -122,14 +122,14 @@ class Giving(Generic[T]):
         for asked, owner in asking:
             row = others[owner]
             rivals = {name: each for name, each in others.items() if name not in row.without}
-            if entry is not None and me not in row.without and lowest({**rivals, me: mine}) == me:
+            heard = all(each.answered >= asked for name, each in rivals.items() if name not in {me, owner})
+            if heard and entry is not None and me not in row.without and lowest({**rivals, me: mine}) == me:
                 write_account(book, scope, owner, attrs.evolve(row, wants=max(row.wants - entry.bytes, 0)))
                 write_account(book, scope, me, attrs.evolve(mine, giving=max(entry.bytes, 1)))
                 return _Promise(owner, row, entry), []
             last = before.get(me, Account())
-            if (
-                last.answered < asked or lowest({**rivals, me: last}) == me
-            ):  # else it knows, and would ring back for ever
+            owed = last.answered < asked or lowest({**rivals, me: last}) == me
+            if owed:  # else it knows, and two that wait would ring for ever
                 waiting.append(owner)
         return None, waiting
 

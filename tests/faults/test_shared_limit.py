@@ -66,8 +66,6 @@ WORKER = """
             alive[id(self)] = 100
             book()
         def drop(self):
-            if self.model == stays:
-                threading.Event().wait()
             count(-100)
             del alive[id(self)]
             book()
@@ -75,7 +73,6 @@ WORKER = """
     use.mkdir(exist_ok=True)
     book()
     gauge, evicted, stuck = Together(), [], settings.pop("stuck", None)
-    stays = settings.pop("stays", None)
     memory = {"high": "100%", "interval": INTERVAL, "policy": "lru", "idle_after": None, **settings}
     source = DictSource().add(*[f"{who}{number}" for who in "abcx" for number in range(20)])
     def load(path, model):
@@ -263,11 +260,12 @@ def test_paused_process_is_waited_for_two_intervals_once(worker: Start) -> None:
 
 
 def test_who_waits_does_not_ring_back_for_ever(worker: Start) -> None:
-    """Two that wait for a third, whose ``unload=`` hangs, answer each other once; then each evicts its own."""
-    one, two, three = worker("one"), worker("two"), worker("three", stays="c0")
+    """Two that wait for a third, which is stopped, answer each other once; then each evicts its own."""
+    one, two, three = worker("one"), worker("two"), worker("three")
     three("get", "c0")
     one("get", *names("a", 5))
     two("get", *names("b", 4))
+    three.process.send_signal(signal.SIGSTOP)
     before = one("looks")
     one.begin("get", "x0")
     two.begin("get", "x1")

@@ -19,13 +19,14 @@ class Account:
     Attributes:
         held: bytes of the models that it has in memory.
         idle: of these, bytes that may go now.
+        guessed: whether some of those were never measured, so that more may come back.
         reserved: bytes set aside for its loads under way.
         moves: how often something came or went there: what a load took is in every reading made after it has ended.
         deficit: bytes above ``high`` that its loads took beyond what was expected of them.
         model: its least worthy model; None: none may go.
         rank: what that one is worth, comparable between processes; None: none may go.
         bytes: what its going gives back.
-        answered: when it said all this.
+        answered: when it last answered what the others ask.
         giving: bytes that it is giving up for another process just now.
         asked: when it asked the others for room.
         wants: bytes that it asks for, less what the others have promised; 0: it asks for nothing.
@@ -37,6 +38,7 @@ class Account:
 
     held: int = 0
     idle: int = 0
+    guessed: bool = False
     reserved: int = 0
     moves: int = 0
     deficit: int = 0

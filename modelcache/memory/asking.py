@@ -163,7 +163,8 @@ def weigh(mine: Account | None, others: dict[str, Account], asked: float, owner:
     if mine.wants <= 0:
         return Verdict.LOOK
     best = lowest({**others, owner: mine})
-    enough = mine.common or mine.wants <= mine.idle + sum(row.idle for row in others.values())
+    known = [mine, *others.values()]
+    enough = mine.common or any(row.guessed for row in known) or mine.wants <= sum(row.idle for row in known)
     if best is None or not enough:
         return Verdict.WAIT
     return Verdict.OWN if best == owner else None

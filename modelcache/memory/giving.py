@@ -3,6 +3,7 @@
 How one asks for that is ``memory.neighbours``.
 """
 
+import time
 from typing import Any, Generic, TypeVar
 
 import attrs
@@ -111,20 +112,26 @@ class Giving(Generic[T]):
 
     def _decide(self, book: Book, scope: str, me: str) -> tuple[_Promise | None, list[str]]:
         """Say how this process stands; return what it is to give up, or else who waits for an answer."""
-        others = self._neighbours.living(read_accounts(book, scope))
+        before = read_accounts(book, scope)
+        others = self._neighbours.living(before)
         asking = sorted((row.asked, owner) for owner, row in others.items() if row.wants > 0)
-        rows = self._neighbours.tell(book, scope)
+        rows = self._neighbours.tell(book, scope, answered=time.monotonic())
         with self._guard:
             account, entry = self._neighbours.account()
-        mine = attrs.evolve(rows[me], model=account.model, rank=account.rank, bytes=account.bytes)
-        for _, owner in asking:
+        mine, waiting = attrs.evolve(rows[me], model=account.model, rank=account.rank, bytes=account.bytes), []
+        for asked, owner in asking:
             row = others[owner]
-            rivals = {name: each for name, each in others.items() if name not in row.without} | {me: mine}
-            if entry is not None and me not in row.without and lowest(rivals) == me:
+            rivals = {name: each for name, each in others.items() if name not in row.without}
+            heard = all(each.answered >= asked for name, each in rivals.items() if name not in {me, owner})
+            if heard and entry is not None and me not in row.without and lowest({**rivals, me: mine}) == me:
                 write_account(book, scope, owner, attrs.evolve(row, wants=max(row.wants - entry.bytes, 0)))
                 write_account(book, scope, me, attrs.evolve(mine, giving=max(entry.bytes, 1)))
                 return _Promise(owner, row, entry), []
-        return None, [owner for _, owner in asking]
+            last = before.get(me, Account())
+            owed = last.answered < asked or lowest({**rivals, me: last}) == me
+            if owed:  # else it knows, and two that wait would ring for ever
+                waiting.append(owner)
+        return None, waiting
 
     def _keep(self, promise: _Promise, scope: str) -> None:
         """Evict what was promised; what can't be, as it was leased meanwhile, is taken back."""

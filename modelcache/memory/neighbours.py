@@ -201,17 +201,17 @@ class Neighbours(Generic[T]):
         residents = self._residents
         residents.drain()
         entry = None if self._evictor.stopped() else self._choosing.least()
-        idle = sum(each.bytes for each in residents.entries() if not (each.held() or each.inherited)) if entry else 0
+        idle = [each for each in residents.entries() if not (each.held() or each.inherited)] if entry else []
         account = Account(
             held=residents.occupied(),
-            idle=idle,
+            idle=sum(each.bytes for each in idle),
+            guessed=any(not each.sure for each in idle),
             reserved=sum(plan.peak for plan in residents.reserved.values()),
             moves=residents.churn,
             deficit=residents.deficit,
             model=entry.model if entry else None,
             rank=self._worthiness.rate(entry) if entry else None,
             bytes=entry.bytes if entry else 0,
-            answered=time.monotonic(),
         )
         return account, entry
 
@@ -277,7 +277,7 @@ class Neighbours(Generic[T]):
         )
 
 
-_ASKING = ("giving", "asked", "wants", "common", "for_model", "without", "figures")
+_ASKING = ("answered", "giving", "asked", "wants", "common", "for_model", "without", "figures")
 
 
 def lowest(rows: dict[str, Account]) -> str | None:

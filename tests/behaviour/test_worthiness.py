@@ -86,6 +86,7 @@ MINE = Account(wants=100, asked=ASKED, answered=ASKED, rank=5.0, idle=500)
         (Account(wants=100, asked=ASKED), {"b": Account(answered=11.0)}, Verdict.WAIT),
         (Account(wants=900, asked=ASKED, rank=5.0, idle=500), {"b": Account(answered=11.0, idle=300)}, Verdict.WAIT),
         (Account(wants=900, asked=ASKED, rank=5.0, idle=500), {"b": Account(answered=11.0, idle=400)}, Verdict.OWN),
+        (Account(wants=900, asked=ASKED, rank=5.0), {"b": Account(answered=11.0, guessed=True)}, Verdict.OWN),
     ],
 )
 def test_what_answers_come_to(mine: Account | None, others: dict[str, Account], verdict: Verdict | None) -> None:

@@ -12,36 +12,48 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.11", "3.12", "3.13")
+LANES = 2  # runs of pytest at a time: much of the tests' time is waiting
 QUICK = "not slow and not servers and not fuzz"
-QUICK_ARGUMENTS = [f"--ignore=tests/{folder}" for folder in ("interleave", "faults", "stress")]
-"""What other Pythons run, at once, beside what QUICK marks: behaviour, contracts and properties."""
+"""What other Pythons run: behaviour, contracts and properties."""
+SLOWER = [f"tests/{folder}" for folder in ("interleave", "faults", "stress")]
+QUICKER = [f"--ignore={folder}" for folder in SLOWER]
 
 
 def main() -> int:
-    """Run the tests here and, with ``--others``, their quick part elsewhere; stop at the first failure."""
+    """Run the tests here and, with ``--others``, their quick part elsewhere; return the worst status of pytest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--uv", default="uv", help="the uv to use")
     parser.add_argument("--marks", required=True, help="pytest's -m on this Python")
     parser.add_argument("--others", action="store_true", help="also on the other Pythons that are there")
-    parser.add_argument("pytest", nargs="*", help="more arguments for pytest, after --")
+    parser.add_argument("pytest", nargs="*", help="more arguments for pytest, after --; then all is one run here")
     options = parser.parse_args()
     uv = str(ROOT / options.uv) if "/" in options.uv else options.uv
 
-    here = unpack()
-    failed = run_pytest(Path(sys.executable), here, options.marks, options.pytest)
-    here_version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if options.others and not failed:
-        others = {version: find(version) for version in VERSIONS if version != here_version}
-        for version in [version for version, python in others.items() if python is None]:
+    here, python = unpack(), Path(sys.executable)
+    if options.pytest or not options.others:
+        return run_pytest(python, here, options.marks, options.pytest)
+    runs = [(python, options.marks, SLOWER), (python, options.marks, QUICKER)]
+    for version in VERSIONS:
+        if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+            continue
+        if found := find(version):
+            runs.append((prepare(uv, found, version), QUICK, QUICKER))
+        else:
             print(f"no Python {version} on this machine: not run", flush=True)
-        pythons = [prepare(uv, python, version) for version, python in others.items() if python]
-        failed = run_side_by_side(pythons, here, QUICK, [*QUICK_ARGUMENTS, *options.pytest])
-    return failed
+    with ThreadPoolExecutor(LANES) as lanes, tempfile.TemporaryDirectory() as logs:
+        files = [Path(logs, str(number)) for number in range(len(runs))]
+        running = [
+            lanes.submit(run_pytest, run[0], here, *run[1:], file) for run, file in zip(runs, files, strict=True)
+        ]
+        for run, file in zip(running, files, strict=True):
+            run.result()
+            print(file.read_text(), flush=True)
+        return max(run.result() for run in running)
 
 
 def unpack() -> Path:
@@ -83,39 +95,15 @@ def prepare(uv: str, python: Path, version: str) -> Path:
     return made
 
 
-def run_pytest(python: Path, folder: Path, marks: str, more: list[str]) -> int:
-    """Run the tests in ``folder`` and return pytest's exit status."""
-    print(headline(python, marks), flush=True)
-    return start_pytest(python, folder, marks, more).wait()
-
-
-def run_side_by_side(pythons: list[Path], folder: Path, marks: str, more: list[str]) -> int:
-    """Run the tests in ``folder`` on some Pythons at once, show one output after the other; return the worst status."""
-    with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in pythons]
-        running = [
-            start_pytest(python, folder, marks, [*more, "-p", "no:cacheprovider"], output)
-            for python, output in zip(pythons, outputs, strict=True)
-        ]
-        for python, process, output in zip(pythons, running, outputs, strict=True):
-            process.wait()
-            output.seek(0)
-            print(headline(python, marks), output.read(), sep="\n", flush=True)
-        return max((process.returncode for process in running), default=0)
-
-
-def start_pytest(
-    python: Path, folder: Path, marks: str, more: list[str], output: IO[str] | None = None
-) -> "subprocess.Popen[bytes]":
-    """Start the tests in ``folder``."""
+def run_pytest(python: Path, folder: Path, marks: str, more: list[str], log: Path | None = None) -> int:
+    """Run the tests in ``folder``, print or log what they say, and return pytest's exit status."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, "-m", "pytest", "-m", marks, *more]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output and subprocess.STDOUT)
-
-
-def headline(python: Path, marks: str) -> str:
-    """Return what stands above an output."""
-    return f"\n== {python.parents[1].name}: pytest -m {marks!r}"
+    command = [str(python), "-m", "pytest", "-m", marks, *more]
+    with contextlib.ExitStack() as stack:
+        output = None if log is None else stack.enter_context(log.open("w"))
+        for place in {output, None}:
+            print(f"== {python.parents[1].name}: pytest -m {marks!r} {' '.join(more)}", file=place, flush=True)
+        return subprocess.run(command, check=False, cwd=folder, env=env, stdout=output, stderr=output).returncode
 
 
 if __name__ == "__main__":

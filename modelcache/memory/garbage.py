@@ -34,11 +34,12 @@ class Garbage:
         Args:
             urgent: a load waits for what this may free.
             wait: wait for its turn, a second at most, and run it then: unless the latest were in vain.
-            last: the load is refused otherwise, so that also after some in vain it has its turn.
+            last: the load is refused otherwise, so that after some in vain it has its turn no later than others.
         """
         rest = _SHARE * self._took * (1 if last else self._rarity)
-        left = self._ended + (rest if urgent else max(_REST, rest)) - time.monotonic()
-        if left > 0 and not (wait and (last or self._rarity == 1)):
+        vain = self._rarity > 1
+        left = self._ended + (max(_REST, rest) if vain or not urgent else rest) - time.monotonic()
+        if left > 0 and (vain or not wait):
             return False
         if left > 0:
             threading.Event().wait(min(left, _LONGEST))

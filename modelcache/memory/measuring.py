@@ -106,7 +106,9 @@ class Measuring(Generic[T]):
             return reading
         self._garbage.give_back()
         reading = self._tier.read()
-        if reading is None or not self._excessive(scale, reading) or not self._garbage.collect(urgent=True):
+        if reading is None or not self._excessive(scale, reading):
+            return reading
+        if not self._undisturbed(scale) or not self._garbage.collect(urgent=True):  # others may have taken it
             return reading
         self._garbage.give_back()
         after = self._tier.read()

@@ -1,5 +1,6 @@
 """What the memory tier does when memory does not come back, and what it says of it."""
 
+import gc
 import threading
 from typing import Any
 
@@ -248,6 +249,32 @@ def test_lowering_a_limit_in_vain_empties_nothing(make_cache: MakeCache) -> None
     cache.memory.high = 600
     assert len(book.alive) > 20
     assert len(told) == 1
+
+
+def test_cycles_are_not_looked_for_again_and_again_in_vain(make_cache: MakeCache) -> None:
+    """Where a search for cycles brought nothing back, the next is ten seconds later, whatever is wanted meanwhile."""
+    gauge = FakeGauge(0, 1000)
+    source = DictSource().add(*(f"m{number}" for number in range(60)), size=10)
+    cache = make_cache(source, Book(), memory={"high": 800, "gauge": gauge, "interval": 60.0})
+    for number in range(60):
+        cache.get(f"m{number}")
+    collections: list[int] = []
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            collections.append(cache.stats().evictions)
+
+    gauge.used = 900
+    gc.disable()
+    gc.callbacks.append(count)
+    try:
+        for high in range(799, 789, -1):
+            cache.memory.high = high
+    finally:
+        gc.callbacks.remove(count)
+        gc.enable()
+    assert cache.stats().evictions > 10
+    assert len(collections) == 1
 
 
 def test_large_model_among_small_ones_is_found(make_cache: MakeCache) -> None:

@@ -456,8 +456,15 @@ def test_close_gives_up_after_its_timeout(hooks: Hooks) -> None:
 def test_close_from_the_background_thread(hooks: Hooks) -> None:
     """A background callback that closes does not wait for itself; what waits is still delivered."""
     answers: list[bool] = []
-    hooks.on(Evicted, lambda event: answers.append(hooks.close(WAIT)), background=True)
+    both = threading.Event()
+
+    def close(event: Event) -> None:
+        both.wait(WAIT)
+        answers.append(hooks.close(WAIT))
+
+    hooks.on(Evicted, close, background=True)
     hooks.emit([evicted(1), evicted(2)])
+    both.set()
     assert hooks.close(WAIT)
     assert answers == [False, False]
 

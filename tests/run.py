@@ -6,6 +6,7 @@ Called by the Makefile, in the environment into which the wheel was installed; f
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ QUICK = "not slow and not servers and not fuzz"
 """What other Pythons run: behaviour, contracts and properties."""
 SLOWER = [f"tests/{folder}" for folder in ("interleave", "faults", "stress")]
 QUICKER = [f"--ignore={folder}" for folder in SLOWER]
+FEW = 5  # tests that may fail beside another run, and are then run alone
 
 
 def main() -> int:
@@ -37,23 +39,34 @@ def main() -> int:
     here, python = unpack(), Path(sys.executable)
     if options.pytest or not options.others:
         return run_pytest(python, here, options.marks, options.pytest)
-    runs = [(python, options.marks, SLOWER), (python, options.marks, QUICKER)]
+    runs = [(python, options.marks, [*SLOWER]), (python, options.marks, [*QUICKER])]
     for version in VERSIONS:
         if version == f"{sys.version_info.major}.{sys.version_info.minor}":
             continue
         if found := find(version):
-            runs.append((prepare(uv, found, version), QUICK, QUICKER))
+            runs.append((prepare(uv, found, version), QUICK, [*QUICKER]))
         else:
             print(f"no Python {version} on this machine: not run", flush=True)
     with ThreadPoolExecutor(LANES) as lanes, tempfile.TemporaryDirectory() as logs:
         files = [Path(logs, str(number)) for number in range(len(runs))]
+        for (_, _, more), file in zip(runs, files, strict=True):
+            more.extend(["-o", f"cache_dir={file}-cache"])
         running = [
             lanes.submit(run_pytest, run[0], here, *run[1:], file) for run, file in zip(runs, files, strict=True)
         ]
-        for run, file in zip(running, files, strict=True):
-            run.result()
+        for one, file in zip(running, files, strict=True):
+            one.result()
             print(file.read_text(), flush=True)
-        return max(run.result() for run in running)
+        return max(run_again(run, here, one.result()) for run, one in zip(runs, running, strict=True))
+
+
+def run_again(run: tuple[Path, str, list[str]], here: Path, status: int) -> int:
+    """Run alone the few tests that failed beside another run, which may have starved them; return the new status."""
+    python, marks, more = run
+    failed = Path(more[-1].removeprefix("cache_dir="), "v", "cache", "lastfailed")
+    if status != 1 or not failed.is_file() or len(json.loads(failed.read_text())) > FEW:
+        return status
+    return run_pytest(python, here, marks, [*more, "--last-failed"])
 
 
 def unpack() -> Path:

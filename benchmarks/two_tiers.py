@@ -15,7 +15,6 @@ About five minutes of processor time for the three traces that are here, most of
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -91,16 +90,9 @@ def examine(pool: ProcessPoolExecutor, folder: Path, name: str, memory: float, d
 def main() -> int:
     """Replay, print, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=Path, default=traces.FOLDER, help="a folder of traces (see its README)")
-    parser.add_argument("--only", action="append", help="one trace by name; may be given again")
     parser.add_argument("--memory", type=float, default=0.1, help="memory, as a share of the bytes of all models")
     parser.add_argument("--disk", type=float, default=0.3, help="disk, likewise")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--rounds", help="not used: a replay comes out the same every time")
-    options = parser.parse_args()
-    names = options.only or traces.names(options.traces)
-    if not names:
-        parser.error(f"no *.requests.csv.gz in {options.traces}")
+    options, names = traces.chosen(parser)
     sys.stdout.write(f"{machine()}\n")
     with ProcessPoolExecutor(options.jobs) as pool:
         found = [check for name in names for check in examine(pool, options.traces, name, options.memory, options.disk)]

@@ -39,34 +39,33 @@ def main() -> int:
     here, python = unpack(), Path(sys.executable)
     if options.pytest or not options.others:
         return run_pytest(python, here, options.marks, options.pytest)
-    runs = [(python, options.marks, [*SLOWER]), (python, options.marks, [*QUICKER])]
+    runs = [(python, options.marks, SLOWER), (python, options.marks, QUICKER)]
     for version in VERSIONS:
         if version == f"{sys.version_info.major}.{sys.version_info.minor}":
             continue
         if found := find(version):
-            runs.append((prepare(uv, found, version), QUICK, [*QUICKER]))
+            runs.append((prepare(uv, found, version), QUICK, QUICKER))
         else:
             print(f"no Python {version} on this machine: not run", flush=True)
     with ThreadPoolExecutor(LANES) as lanes, tempfile.TemporaryDirectory() as logs:
         files = [Path(logs, str(number)) for number in range(len(runs))]
-        for (_, _, more), file in zip(runs, files, strict=True):
-            more.extend(["-o", f"cache_dir={file}-cache"])
         running = [
             lanes.submit(run_pytest, run[0], here, *run[1:], file) for run, file in zip(runs, files, strict=True)
         ]
         for one, file in zip(running, files, strict=True):
             one.result()
             print(file.read_text(), flush=True)
-        return max(run_again(run, here, one.result()) for run, one in zip(runs, running, strict=True))
+        ends = zip(runs, files, [one.result() for one in running], strict=True)
+        return max(run_again(run, here, file, end) for run, file, end in ends)
 
 
-def run_again(run: tuple[Path, str, list[str]], here: Path, status: int) -> int:
+def run_again(run: tuple[Path, str, list[str]], here: Path, log: Path, status: int) -> int:
     """Run alone the few tests that failed beside another run, which may have starved them; return the new status."""
     python, marks, more = run
-    failed = Path(more[-1].removeprefix("cache_dir="), "v", "cache", "lastfailed")
+    failed = Path(f"{log}-cache", "v", "cache", "lastfailed")
     if status != 1 or not failed.is_file() or len(json.loads(failed.read_text())) > FEW:
         return status
-    return run_pytest(python, here, marks, [*more, "--last-failed"])
+    return run_pytest(python, here, marks, [*more, "-o", f"cache_dir={log}-cache", "--last-failed"])
 
 
 def unpack() -> Path:
@@ -114,6 +113,7 @@ def run_pytest(python: Path, folder: Path, marks: str, more: list[str], log: Pat
     command = [str(python), "-m", "pytest", "-m", marks, *more]
     with contextlib.ExitStack() as stack:
         output = None if log is None else stack.enter_context(log.open("w"))
+        command += [] if log is None else ["-o", f"cache_dir={log}-cache"]  # for ``run_again``
         for place in {output, None}:
             print(f"== {python.parents[1].name}: pytest -m {marks!r} {' '.join(more)}", file=place, flush=True)
         return subprocess.run(command, check=False, cwd=folder, env=env, stdout=output, stderr=output).returncode

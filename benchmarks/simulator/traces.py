@@ -4,9 +4,11 @@ A trace is two files, ``NAME.requests.csv.gz`` (``t_s,model``) and ``NAME.models
 (``model,size_mb,load_s,fetch_s``). Where ours come from is told in traces/README.md.
 """
 
+import argparse
 import csv
 import functools
 import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,19 @@ def read(folder: Path, name: str) -> Trace:
         load={row["model"]: float(row["load_s"]) for row in rows},
         fetch={row["model"]: float(row["fetch_s"]) for row in rows},
     )
+
+
+def chosen(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the arguments of a command that replays traces; return them, and the names of the traces."""
+    parser.add_argument("--traces", type=Path, default=FOLDER, help="a folder of traces (see its README)")
+    parser.add_argument("--only", action="append", help="one trace by name; may be given again")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--rounds", help="not used: a replay comes out the same every time")
+    options = parser.parse_args()
+    found = options.only or names(options.traces)
+    if not found:
+        parser.error(f"no *.requests.csv.gz in {options.traces}")
+    return options, found
 
 
 def _lines(folder: Path, name: str) -> Iterator[str]:

@@ -4,8 +4,9 @@ Who gets which is first come, first served. What is done with them is ``s3_strea
 """
 
 import contextlib
+import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from modelcache.sources.s3_wire import Grip
 
@@ -61,3 +62,21 @@ class Means:
         """Take back what ``grant`` returned."""
         with self._changed:
             self._buffers += granted
+
+
+def start_threads(threads: list[threading.Thread], number: int, work: Callable[[], None]) -> None:
+    """Add so many threads that run ``work`` in the caller's context; fewer where the system gives no more.
+
+    Raises:
+        RuntimeError: not even one could be started.
+    """
+    for _ in range(number):
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(work,), name="modelcache-fetch", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: those that there are will do
+            if not threads:
+                raise
+            return
+        threads.append(thread)

@@ -5,7 +5,6 @@ read, resumed and examined by ``s3_parts``. Whole objects are compared with thei
 comes in parts, whoever has written the next part in order reads it back, while it is still in the page cache.
 """
 
-import contextvars
 import os
 import threading
 from collections import deque
@@ -17,7 +16,7 @@ from modelcache.sources.base import RemoteFile
 from modelcache.sources.checksums import Digests, computable
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
-from modelcache.sources.s3_means import TICK
+from modelcache.sources.s3_means import TICK, start_threads
 from modelcache.sources.s3_parts import CHUNK, Effort, Piece, SinkBroken, Stopped, corrupt, spans_of
 from modelcache.sources.s3_stream import CONNECTIONS
 
@@ -118,16 +117,7 @@ class _Work:
 
     def start(self, number: int) -> None:
         """Start threads."""
-        for _ in range(number):
-            context = contextvars.copy_context()
-            thread = threading.Thread(target=context.run, args=(self._run,), name="modelcache-fetch", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # no more threads: those that there are will do
-                if not self._threads:
-                    raise
-                return
-            self._threads.append(thread)
+        start_threads(self._threads, number, self._run)
 
     def add(self, file: _File) -> None:
         """Have a file written."""

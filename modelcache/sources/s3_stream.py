@@ -4,7 +4,6 @@ A part is read, resumed and examined by ``s3_parts``; here are the ring of buffe
 that fill it, and the checksum of the whole.
 """
 
-import contextvars
 import threading
 from collections.abc import Callable, Mapping
 
@@ -14,7 +13,7 @@ from modelcache.sources.base import RemoteFile
 from modelcache.sources.checksums import Digests, computable
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
-from modelcache.sources.s3_means import TICK
+from modelcache.sources.s3_means import TICK, start_threads
 from modelcache.sources.s3_parts import Effort, Patience, Piece, Requests, Stopped, corrupt, spans_of
 from modelcache.sources.streams import ClosableStream
 
@@ -175,16 +174,7 @@ class S3Stream(ClosableStream):
         if self._count == 1 and self._check is _nothing:  # no thread can help
             self._work()
             return
-        for _ in range(min(self._granted, CONNECTIONS)):
-            context = contextvars.copy_context()
-            thread = threading.Thread(target=context.run, args=(self._work,), name="modelcache-fetch", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # no more threads: those that there are will do
-                if not self._threads:
-                    raise
-                return
-            self._threads.append(thread)
+        start_threads(self._threads, min(self._granted, CONNECTIONS), self._work)
 
     def _work(self) -> None:
         """Bring parts, one after the other."""

@@ -48,8 +48,8 @@ from tests.support.archives import (
     zip_entries,
     zip_of,
 )
+from tests.support.mutating import piped_zip, zstd_zip
 from tests.support.mutating import zst as compress_zstd
-from tests.support.mutating import zstd_zip
 
 
 @pytest.fixture
@@ -671,23 +671,9 @@ class TestZip:
 
     def test_streamed(self, bench: Bench) -> None:
         """A zip written to a pipe, with data descriptors, is honest."""
-
-        class Pipe(io.BytesIO):
-            def seekable(self) -> bool:
-                return False
-
-            def seek(self, *_: int) -> int:
-                raise io.UnsupportedOperation
-
-            def tell(self) -> int:
-                raise io.UnsupportedOperation
-
-        pipe = Pipe()
-        with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in FILES.items():
-                archive.writestr(name, data)
-        assert b"PK\x07\x08" in pipe.getvalue()
-        bench.unpack(pipe.getvalue(), "m.zip")
+        data = piped_zip(FILES)
+        assert b"PK\x07\x08" in data
+        bench.unpack(data, "m.zip")
         assert files(bench.target) == FILES
 
     def test_zip64(self, bench: Bench) -> None:

@@ -13,6 +13,7 @@ from modelcache.identity import me
 from modelcache.memory.entries import Entry
 from modelcache.memory.garbage import Garbage
 from modelcache.memory.lingering import follow
+from modelcache.memory.remains import Remains
 from modelcache.memory.residents import Residents
 from modelcache.telling import Teller, complain, text_of
 
@@ -53,7 +54,7 @@ class Unloader(Generic[T]):
         self._teller = teller
         self._garbage = garbage
         self._owed = 0
-        self._unchecked = False  # whether something left since the last collection, and no gauge was asked of it
+        self._doubtful = False  # whether anything in a model that left since the last collection may live on
         self.errors = 0
         self.evictions = 0
 
@@ -82,7 +83,6 @@ class Unloader(Generic[T]):
                     complain("a model has left memory, but not all that it kept on disk was given back", error=error)
             collected = self.collect(urgent=False)
             self._owed += sum(entry.bytes for entry in left)
-            self._unchecked = self._unchecked or bool(left and not trim)
             if trim or self._owed >= _OWED:
                 self._owed = 0
                 self._garbage.give_back()
@@ -117,15 +117,26 @@ class Unloader(Generic[T]):
             if self._unload is not None:
                 problem = self._run_unload(entry)
         finally:
-            straggler = follow(entry.value, entry.model, entry.bytes)
-            del entry.value  # a get() that came too late finds no attribute, and takes the slow path
             try:
-                self._let_go(entry)
+                self._drop(entry)
             finally:
-                if straggler is not None and straggler.alive:
-                    with self._guard:
-                        self._residents.lingering.add(straggler)
-                told.append(self._unloaded(entry, time.monotonic() - started, problem))
+                try:
+                    self._let_go(entry)
+                finally:
+                    told.append(self._unloaded(entry, time.monotonic() - started, problem))
+
+    def _drop(self, entry: Entry[T]) -> None:
+        """Drop the model; take note of whether it lives on, or anything in it does."""
+        straggler, remains = None, None
+        try:
+            straggler = follow(entry.value, entry.model, entry.bytes)
+            remains = Remains(entry.value)
+        finally:
+            del entry.value  # a get() that came too late finds no attribute, and takes the slow path
+        self._doubtful = remains.left() or self._doubtful
+        if straggler is not None and straggler.alive:
+            with self._guard:
+                self._residents.lingering.add(straggler)
 
     def _run_unload(self, entry: Entry[T]) -> str | None:
         """Return what ``unload=`` raised, as text: the error itself would keep the model alive."""
@@ -156,24 +167,24 @@ class Unloader(Generic[T]):
         )
 
     def collect(self, *, urgent: bool) -> bool:
-        """Collect cycles where a model that was unloaded lives on; return whether that was done.
-
-        A model may also be gone but for cycles inside it, which is not seen of it.
+        """Collect cycles where a model that was unloaded lives on, or anything in it; return whether that was done.
 
         Args:
             urgent: a load waits for its memory; else one that would come too soon is left to the monitor.
         """
         with self._guard:
             hopeful = self._residents.lingering.hopeful()
-        return (hopeful or (urgent and self._unchecked)) and self._collect(urgent=urgent)
+        return (hopeful or (urgent and self._doubtful)) and self._collect(urgent=urgent)
 
     def search(self, *, last: bool = False) -> bool:
         """Collect cycles and give heap back, as less came back than models promised; return whether that was done.
 
+        Where nothing in these models lives on, what is missing lies in the heap, and none is in cycles of theirs.
+
         Args:
-            last: a load is refused otherwise.
+            last: a load is refused otherwise, or evictions rest.
         """
-        if not self._collect(urgent=True, wait=True, last=last):
+        if not (last or self._doubtful) or not self._collect(urgent=True, wait=True, last=last):
             return False
         self._garbage.give_back()
         return True
@@ -185,9 +196,10 @@ class Unloader(Generic[T]):
     def _collect(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
         with self._guard:
             before = len(self._residents.lingering.look())
+        doubtful, self._doubtful = self._doubtful, False
         if not self._garbage.collect(urgent=urgent, wait=wait, last=last):
+            self._doubtful = self._doubtful or doubtful
             return False
-        self._unchecked = False
         with self._guard:
             helped = len(self._residents.lingering.look()) < before
             self._residents.lingering.collected()

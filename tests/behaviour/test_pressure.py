@@ -2,7 +2,11 @@
 
 import gc
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from modelcache import Evicted, Pressure, Reason, Reclaimed, Thrashing, Unloaded
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
@@ -258,23 +262,79 @@ def test_cycles_are_not_looked_for_again_and_again_in_vain(make_cache: MakeCache
     cache = make_cache(source, Book(), memory={"high": 800, "gauge": gauge, "interval": 60.0})
     for number in range(60):
         cache.get(f"m{number}")
-    collections: list[int] = []
-
-    def count(phase: str, info: dict[str, int]) -> None:
-        if phase == "start" and info["generation"] == 2:
-            collections.append(cache.stats().evictions)
-
     gauge.used = 900
-    gc.disable()
-    gc.callbacks.append(count)
-    try:
+    with collections_of_ours() as collections:
         for high in range(799, 789, -1):
             cache.memory.high = high
-    finally:
-        gc.callbacks.remove(count)
-        gc.enable()
     assert cache.stats().evictions > 10
     assert len(collections) == 1
+
+
+@contextmanager
+def collections_of_ours() -> Iterator[list[str]]:
+    """Give a list that gets an item for each full collection, with Python's own switched off."""
+    collections: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            collections.append(phase)
+
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        yield collections
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+
+
+def ring() -> list[Any]:
+    """Return a list that holds itself."""
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def shared() -> dict[str, Any]:
+    """Return a model whose parts are held twice, but in no cycle."""
+    inner: list[Any] = [["weights"]]
+    return {"first": [[inner, inner[0]]], "second": inner}
+
+
+@pytest.mark.parametrize(
+    ("make", "searched"),
+    [
+        (lambda: b"weights", False),
+        (lambda: {f"item {number}": [["weights"], {"of": ["items"]}] for number in range(500)}, False),
+        (threading.local, False),
+        (shared, False),
+        (ring, True),
+        (lambda: {"deep": [{"inside": (ring(),)}]}, True),
+        (lambda: list(range(100_000)), True),  # too large to be looked at
+    ],
+    ids=["bytes", "tree", "object", "shared", "ring", "ring inside", "large"],
+)
+def test_cycles_are_looked_for_where_something_lives_on(
+    make_cache: MakeCache, make: Callable[[], Any], *, searched: bool
+) -> None:
+    """Where memory stays in the heap, a collection, which stalls all threads, is run only if a model left a part."""
+    gone: list[Any] = []
+    cache = make_cache(
+        DictSource().add(*"abcdef"),
+        load=lambda path: make(),
+        unload=None,
+        size_of=lambda model, path: 100,
+        memory={"gauge": FakeGauge(lambda: 900 - 40 * len(gone), 3000), "high": 2000, "low": 700, "interval": 60.0},
+    )
+    told = heard(cache, Reclaimed)
+    cache.on(Evicted, gone.append)
+    for model in "abcdef":
+        cache.get(model)
+    with collections_of_ours() as collections:
+        cache.memory.high = 800
+    assert [(event.promised, event.freed) for event in told] == [(100, 40)] * 3
+    assert [event.collected for event in told] == [searched, False, False]
+    assert len(collections) == searched
 
 
 def test_large_model_among_small_ones_is_found(make_cache: MakeCache) -> None:

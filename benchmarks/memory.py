@@ -225,9 +225,18 @@ def huge_pages() -> None:
 
 
 def lingering() -> None:
-    """Print what evicting frees of models that callers still hold."""
-    rows = [[f"{count} still referenced", *map(mb, trial("held", count))] for count in ("0", "3", "8")]
-    show("8 models of 32 MB evicted: MB", ["", "promised", "came back"], rows)
+    """Print what evicting frees of models that callers still hold, or that hold themselves."""
+    rows = [(f"arrays, {count} still referenced", "plain", count) for count in ("0", "3", "8")]
+    rows += [
+        ("each in a cycle of its own", "ring", "0"),
+        ("a dict around what is in a cycle", "inside", "0"),
+        ("each in a cycle, before gc.freeze()", "frozen", "0"),
+    ]
+    cells = []
+    for name, kind, keep in rows:
+        promised, freed, collections = trial("held", kind, keep)
+        cells.append([name, mb(promised), mb(freed), str(collections)])
+    show("8 models of 32 MB evicted: MB", ["", "promised", "came back", "collections"], cells)
 
 
 CLAIMS: Mapping[str, Callable[[], None]] = {

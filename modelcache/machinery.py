@@ -35,7 +35,6 @@ from modelcache.memory.asking import Appeal
 from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
-from modelcache.memory.garbage import Garbage
 from modelcache.memory.giving import Giving
 from modelcache.memory.measuring import Measuring
 from modelcache.memory.neighbours import Neighbours
@@ -88,10 +87,9 @@ class Machinery(Generic[T]):
         self.ended: Callable[[], None] = lambda: None
         self._inherited: list[Entry[T]] | None = None
         self.residents: Residents[T] = Residents(self.memory.policy, self._hit, self._released)
-        garbage = Garbage()
         choosing: Choosing[T] = Choosing(self.residents, self.memory.policy)
         self.history: History[T] = History(self.residents, self.memory.policy, self.guard)
-        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller, garbage)
+        self.unloader: Unloader[T] = Unloader(self.residents, self.guard, unload, self._let_go, self.teller)
         self.evictor: Evictor[T] = Evictor(self.memory, self.residents, self.guard, self.unloader, self.teller)
         self.disk.bind(self.source.url, self._disk_retuned)
         tier, residents, guard, evictor = self.memory, self.residents, self.guard, self.evictor
@@ -99,8 +97,8 @@ class Machinery(Generic[T]):
         self.giving: Giving[T] = Giving(tier, residents, guard, evictor, self.neighbours, self.teller)
         self.appeal: Appeal[T] = Appeal(self.neighbours, tier, guard, self.giving.answer)
         common = tier, residents, choosing, guard
-        self.room: Room[T] = Room(*common, self.unloader, evictor, garbage, self.teller, self.appeal)
-        admission: Admission[T] = Admission(*common, evictor, self.unloader, garbage, self.appeal)
+        self.room: Room[T] = Room(*common, self.unloader, evictor, self.teller, self.appeal)
+        admission: Admission[T] = Admission(*common, evictor, self.unloader, self.appeal)
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
@@ -122,7 +120,7 @@ class Machinery(Generic[T]):
             residents=self.residents,
             admission=admission,
             room=self.room,
-            measuring=Measuring(self.memory, self.residents, garbage, PeakMeter()),
+            measuring=Measuring(self.memory, self.residents, PeakMeter()),
             history=self.history,
             unloader=self.unloader,
             flights=self.flights,

@@ -1,9 +1,11 @@
 """What a load takes while it runs, how that is measured, and what an eviction brings back."""
 
+import gc
 import pickle
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +77,28 @@ def loading(how: str) -> list[int]:
         return figures
 
 
+class _Ring:
+    """Weights in a reference cycle: a bound method in an attribute of its own object."""
+
+    def __init__(self, weights: object) -> None:
+        self.weights = weights
+        self.call = self.run
+
+    def run(self) -> object:
+        return self.weights
+
+
+_KINDS: dict[str, Callable[[object], object]] = {
+    "plain": lambda weights: weights,
+    "ring": _Ring,
+    "inside": lambda weights: {"parts": [_Ring(weights)]},
+    "frozen": _Ring,
+}
+
+
 @trial
-def held(keep: str) -> list[int]:
-    """Evict eight models of 32 MB, of which callers of ``get`` still hold some: promised, freed."""
+def held(kind: str, keep: str) -> list[int]:
+    """Evict eight models of 32 MB, of which callers of ``get`` still hold some: promised, freed, collections."""
     from modelcache import MemoryTier, ModelCache, Reclaimed  # noqa: PLC0415 - slow, and in nobody else's figures
 
     told: list[Reclaimed] = []
@@ -88,12 +109,14 @@ def held(keep: str) -> list[int]:
             (model / "size").write_text("32_000_000")
         cache = ModelCache(
             Path(folder, "models"),
-            load=lambda path: np.ones(int((path / "size").read_text()) // 8),
+            load=lambda path: _KINDS[kind](np.ones(int((path / "size").read_text()) // 8)),
             memory=MemoryTier(interval=1000.0),
         )
         with cache:
             cache.on(Reclaimed, told.append)
             models = [cache.get(f"m{number}") for number in range(8)]
             del models[int(keep) :]
+            if kind == "frozen":
+                gc.freeze()
             cache.memory.high = "1 MiB"
-    return [sum(event.promised for event in told), sum(event.freed for event in told)]
+    return [sum(event.promised for event in told), sum(event.freed for event in told), sum(e.collected for e in told)]

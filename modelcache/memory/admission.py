@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import attrs
 
+from modelcache import heap
 from modelcache.guard import Guard
 from modelcache.identity import me
 from modelcache.memory import needs
@@ -18,7 +19,6 @@ from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
 from modelcache.memory.footprints import Plan
-from modelcache.memory.garbage import Garbage
 from modelcache.memory.refusals import no_room, refuse_too_large
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
@@ -83,7 +83,6 @@ class Admission(Generic[T]):
         guard: the cache's lock.
         evictor: carries out evictions.
         unloader: collects cycles.
-        garbage: gives heap back.
         appeal: asks other processes under the same limit.
     """
 
@@ -95,7 +94,6 @@ class Admission(Generic[T]):
         guard: Guard,
         evictor: Evictor[T],
         unloader: Unloader[T],
-        garbage: Garbage,
         appeal: Appeal[T],
     ) -> None:
         self._tier = tier
@@ -104,7 +102,6 @@ class Admission(Generic[T]):
         self._guard = guard
         self._evictor = evictor
         self._unloader = unloader
-        self._garbage = garbage
         self._appeal = appeal
         self._neighbours = appeal.neighbours
         self._solo: tuple[object, float] = (None, 0.0)  # who loads alone now, and until when others leave it so
@@ -200,7 +197,7 @@ class Admission(Generic[T]):
             self._unloader.search(last=True)
         elif not step.victims and not step.asks and shortage.over_high > 0 and time.monotonic() >= entry.tidy:
             self._unloader.collect(urgent=True)  # dead cycles and freed heap look used, but cost no eviction
-            self._garbage.give_back()
+            heap.give_back()
             entry.tidy = time.monotonic() + _TIDY
         if step.victims:
             entry.most, entry.losses = entry.most * 2, 0

@@ -1,14 +1,12 @@
-"""Collecting cycles and giving heap back, no more often than it pays: both stall other threads.
+"""Collecting cycles, no more often than it pays: a full collection stalls all threads.
 
 What is collected for, models that live on in cycles or what a load left behind, is known to ``memory.unloading`` and
-``memory.measuring``; which allocator is asked to ``heap``.
+``memory.measuring``.
 """
 
 import gc
 import threading
 import time
-
-from modelcache import heap
 
 _REST = 10.0  # seconds between two collections that nobody waits for
 _LONGEST = 1.0  # seconds that one which has helped lately waits for its turn: refusing a load is worse
@@ -18,7 +16,7 @@ _RAREST = 128  # times as rare at most
 
 
 class Garbage:
-    """One cache's share in the process's garbage.
+    """One cache's share in the process's garbage, for one purpose: whether it pays for one says nothing of another.
 
     Concurrency: any thread, with no lock held. What it remembers is plain; two threads at worst collect twice.
     """
@@ -52,7 +50,3 @@ class Garbage:
     def judge(self, *, helped: bool) -> None:
         """Take note of what the last collection was good for: those in vain become rare, as they stall all threads."""
         self._rarity = 1 if helped else min(self._rarity * _VAIN, _RAREST)
-
-    def give_back(self) -> None:
-        """Give freed heap back to the system."""
-        heap.give_back()

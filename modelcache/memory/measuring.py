@@ -48,14 +48,13 @@ class Measuring(Generic[T]):
     Args:
         tier: its gauge.
         residents: what else moves.
-        garbage: collects what a load leaves behind.
         meter: reads peaks.
     """
 
-    def __init__(self, tier: MemoryTier, residents: Residents[T], garbage: Garbage, meter: PeakMeter) -> None:
+    def __init__(self, tier: MemoryTier, residents: Residents[T], meter: PeakMeter) -> None:
         self._tier = tier
         self._residents = residents
-        self._garbage = garbage
+        self._garbage = Garbage()
         self._meter = meter
 
     def begin(self, plan: Plan, churn: int, admitted: Reading | None) -> Scale:
@@ -68,7 +67,7 @@ class Measuring(Generic[T]):
         """
         heap.include_thread()
         if plan.first and self._tier.measures_process:  # freed heap that the load would fill hides what it takes
-            self._garbage.give_back()
+            heap.give_back()
             admitted = self._tier.read() or admitted
         scale = Scale(plan, churn, admitted)
         if self._tier.measures_process:
@@ -104,13 +103,13 @@ class Measuring(Generic[T]):
         reading = self._tier.read()
         if not self._excessive(scale, reading):
             return reading
-        self._garbage.give_back()
+        heap.give_back()
         reading = self._tier.read()
         if reading is None or not self._excessive(scale, reading):
             return reading
         if not self._undisturbed(scale) or not self._garbage.collect(urgent=True):  # others may have taken it
             return reading
-        self._garbage.give_back()
+        heap.give_back()
         after = self._tier.read()
         if after is not None:
             self._garbage.judge(helped=reading.mine - after.mine >= _GARBAGE)

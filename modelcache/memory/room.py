@@ -8,13 +8,13 @@ import time
 from collections.abc import Collection
 from typing import Generic, TypeVar
 
+from modelcache import heap
 from modelcache.events import Event, Pressure, Reason
 from modelcache.guard import Guard
 from modelcache.memory.asking import Appeal, Verdict
 from modelcache.memory.choosing import Choosing
 from modelcache.memory.entries import Entry
 from modelcache.memory.evicting import Evictor
-from modelcache.memory.garbage import Garbage
 from modelcache.memory.residents import Residents
 from modelcache.memory.shortage import Shortage
 from modelcache.memory.tier import Limits, MemoryTier
@@ -36,7 +36,6 @@ class Room(Generic[T]):
         guard: the cache's lock.
         unloader: carries out what was decided.
         evictor: carries out evictions.
-        garbage: gives heap back.
         teller: takes events.
         appeal: asks other processes under the same limit.
     """
@@ -49,7 +48,6 @@ class Room(Generic[T]):
         guard: Guard,
         unloader: Unloader[T],
         evictor: Evictor[T],
-        garbage: Garbage,
         teller: Teller,
         appeal: Appeal[T],
     ) -> None:
@@ -59,7 +57,6 @@ class Room(Generic[T]):
         self._guard = guard
         self._unloader = unloader
         self._evictor = evictor
-        self._garbage = garbage
         self._teller = teller
         self._appeal = appeal
         self._neighbours = appeal.neighbours
@@ -118,7 +115,7 @@ class Room(Generic[T]):
             if trim:
                 trimmed = True
                 self._unloader.collect(urgent=not outside)
-                self._garbage.give_back()
+                heap.give_back()
             elif victims:
                 most = most * 2 if verdict is not Verdict.OWN else 1
                 self._evictor.evict(victims, limits, shortage.reason)
@@ -191,7 +188,7 @@ class Room(Generic[T]):
             self._evictor.announce(victims, shortage, for_model)
         self._evictor.carry_out(victims)
         self._unloader.collect(urgent=True)
-        self._garbage.give_back()
+        heap.give_back()
 
     def _settle_orphans(self) -> None:
         while self._residents.orphans:

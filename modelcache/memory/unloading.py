@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from modelcache import heap
 from modelcache.events import Event, Reason, Unloaded
 from modelcache.guard import Guard
 from modelcache.identity import me
@@ -31,7 +32,6 @@ class Unloader(Generic[T]):
         unload: the user's ``unload=``; None where there is none.
         let_go: releases what an entry kept open (its pin on disk), and deletes what was to be deleted.
         teller: takes events, outside the guard.
-        garbage: collects cycles, gives heap back.
 
     Attributes:
         errors: how many calls of ``unload=`` raised.
@@ -45,14 +45,13 @@ class Unloader(Generic[T]):
         unload: Callable[[T], object] | None,
         let_go: Callable[[Entry[T]], None],
         teller: Teller,
-        garbage: Garbage,
     ) -> None:
         self._residents = residents
         self._guard = guard
         self._unload = unload
         self._let_go = let_go
         self._teller = teller
-        self._garbage = garbage
+        self._garbage = Garbage()
         self._owed = 0
         self._doubtful = False  # whether anything in a model that left since the last collection may live on
         self.errors = 0
@@ -85,7 +84,7 @@ class Unloader(Generic[T]):
             self._owed += sum(entry.bytes for entry in left)
             if trim or self._owed >= _OWED:
                 self._owed = 0
-                self._garbage.give_back()
+                heap.give_back()
             self._settle(left)
         except BaseException:  # an interrupt (Ctrl-C) may come at any line, this last one too
             self._settle(left)
@@ -186,7 +185,7 @@ class Unloader(Generic[T]):
         """
         if not (last or self._doubtful) or not self._collect(urgent=True, wait=True, last=last):
             return False
-        self._garbage.give_back()
+        heap.give_back()
         return True
 
     def judge_search(self, *, helped: bool) -> None:

@@ -287,6 +287,34 @@ def test_f012_cycles_give_way_to_the_next(make_cache: MakeCache, kind: str, *, c
     assert cache.stats().evictions == 3
 
 
+def test_f012_loads_larger_than_expected_keep_no_cycles(make_cache: MakeCache) -> None:
+    """F012: looks in vain for garbage of loads, as they took more than expected, delay none for evicted models."""
+    alive: list[Any] = []
+
+    def load(path: Path) -> Any:
+        model = Direct()
+        alive.append(weakref.ref(model))
+        return model
+
+    cache = make_cache(
+        DictSource().add(*"abcd"),
+        load=load,
+        unload=None,
+        memory={"gauge": FakeGauge(lambda: sum(one() is not None for one in alive) << 30, 8 << 30), "interval": NEVER},
+    )
+    for model in "abcd":
+        cache.get(model)
+    told: list[Any] = []
+    cache.on(Reclaimed, told.append)
+    gc.disable()
+    try:
+        cache.memory.high = "2 GiB"
+    finally:
+        gc.enable()
+    assert sum(event.freed for event in told) == 2 << 30
+    assert cache.stats().evictions == 2
+
+
 # What does not come back
 
 

@@ -200,11 +200,12 @@ class Index:
         return found if present is None else [present, *found]
 
     def forget(self, item: Item) -> None:
-        """Drop an item whose files are gone."""
-        if self.items.pop(item.name, None) is item:
-            self._bytes -= item.bytes
-            item.state = State.GONE
-            self._place(item)
+        """Drop an item whose files are gone, also where it was learned anew since, as a transaction had failed."""
+        known = self.items.pop(item.name, None)
+        if known is not None:
+            self._bytes -= known.bytes
+            known.state = State.GONE
+            self._place(known)
 
     def pin(self, item: Item) -> None:
         """Book that this process reads an item."""

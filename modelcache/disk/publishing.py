@@ -135,7 +135,6 @@ class Publisher:
         name = self._store.new_name(folder_prefix(self._source, record.model))
         self._agreed.change(lambda book: self._arriving(book, staging, name, record))
         with self._guard:
-            self._index.stagings.discard(staging)
             item = self._index.items[name]
             item.verified = True
             self._index.pin(item)  # before anybody sees it, so that nobody removes it first
@@ -173,6 +172,9 @@ class Publisher:
         """Count the folder instead of the staging, before it is there: so no crash leaves it uncounted."""
         self._agreed.learn(book)
         book.let_go([staging.id])
+        with self._guard:  # not after the transaction: the next one may tell of all stagings anew
+            self._index.stagings.discard(staging)
+        book.undo.append(lambda: self._index.stagings.add(staging))
         book.add([(name, record, record.fetched)], State.ARRIVING, self._store.owner)
         self._agreed.learn(book)
 

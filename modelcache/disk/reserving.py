@@ -142,15 +142,13 @@ class DiskRoom:
         check = None if staging is None else functools.partial(self._check, staging)
         decision = self._agreed.change(decide, check)
         if staging is not None:
-            self._note(staging, amount, granted=decision.granted)
+            self._note(staging, granted=decision.granted)
         return decision
 
-    def _note(self, staging: Staging, amount: int, *, granted: bool) -> None:
+    def _note(self, staging: Staging, *, granted: bool) -> None:
         """Take note of what was agreed on."""
         with self._guard:
             if granted:
-                staging.reserved += amount
-                staging.told = min(staging.charged, staging.reserved)
                 staging.wish.refused(None)
             elif not staging.lacking:
                 self._guard.notify()  # who gives way to it learns of it

@@ -116,16 +116,6 @@ class Agreement:
                 " and ".join(sorted(map(_told, others))),
             )
 
-    def drop(self, staging: Staging, debris: Path | None) -> None:
-        """Give a reservation back; what can't be deleted now counts until it is gone."""
-        self.settle(lambda book: self._drop(book, staging, debris))
-
-    def _drop(self, book: Book, staging: Staging, debris: Path | None) -> None:
-        book.let_go([staging.id])
-        if debris is not None:
-            self.leave(book, debris, staging.reserved)
-        self.count(book)
-
     def look(self, check: Callable[[], None] | None = None) -> None:
         """Learn what other processes have changed; see ``Ledger.look``."""
         self._refuse_nesting()

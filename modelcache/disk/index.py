@@ -256,6 +256,10 @@ class Index:
             return DiskShortage(limits.min_free - left - going, Reason.MIN_FREE, figures)
         return DiskShortage(0, Reason.DISK_BUDGET, {})
 
+    def grounds(self) -> object:
+        """Return what decisions rest on: another one is told where anything has moved since, here or elsewhere."""
+        return self._epoch, self._seq, self._bytes, self.others, frozenset(self.stagings)
+
     def pressed(self) -> bool:
         """Whether a request lacks room."""
         return any(staging.lacking and staging.wish.urgent for staging in self.stagings)

@@ -77,7 +77,12 @@ class Trip(Generic[T]):
         return set() if self._flight in ahead else {flight.model for flight in ahead}
 
     def relieved(self) -> bool:
-        """Whether a prefetch that waits for room in memory is about to let go of the files that it holds."""
+        """Whether somebody is about to let go of files.
+
+        A model whose unload runs on a thread that does not wait for this, or a prefetch that waits for room in memory.
+        """
+        if any(entry.keeps is not None and entry.retirer not in self.threads() for entry in self._residents.leaving):
+            return True
         line, ahead = self._residents.line, urgent(self._flights)
         return self._flight in ahead and any(
             other.lent and other in line and other not in ahead for other in self._flights.active.values()

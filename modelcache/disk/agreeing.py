@@ -3,6 +3,7 @@
 Each transaction with the ledger begins with what others have changed, so that what is decided in it holds for all.
 """
 
+import functools
 import json
 import logging
 import time
@@ -86,7 +87,7 @@ class Agreement:
         """Take back what a transaction that failed has done here: nothing of it is in the ledger."""
         with self._guard:
             for book in tries:
-                for undo in book.undo:
+                for undo in reversed(book.undo):
                     undo()
                 if doubt:
                     self._index.doubt()
@@ -114,16 +115,6 @@ class Agreement:
                 _told(budget),
                 " and ".join(sorted(map(_told, others))),
             )
-
-    def drop(self, staging: Staging, debris: Path | None) -> None:
-        """Give a reservation back; what can't be deleted now counts until it is gone."""
-        self.settle(lambda book: self._drop(book, staging, debris))
-
-    def _drop(self, book: Book, staging: Staging, debris: Path | None) -> None:
-        book.let_go([staging.id])
-        if debris is not None:
-            self.leave(book, debris, staging.reserved)
-        self.count(book)
 
     def look(self, check: Callable[[], None] | None = None) -> None:
         """Learn what other processes have changed; see ``Ledger.look``."""
@@ -234,11 +225,12 @@ class Agreement:
         return bool((owners | book.arriving(self._source, model)) - {mine})
 
     def hold(self, book: Book, staging: Staging, reserved: int) -> None:
-        """Set bytes aside for a staging."""
-        charged = min(staging.charged, reserved)
-        owner, model = self._store.owner, staging.wish.model
+        """Set bytes aside for a staging; it knows at once, as the next transaction may tell of all stagings anew."""
+        charged, owner, model = min(staging.charged, reserved), self._store.owner, staging.wish.model
         book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.wanted))
-        staging.listed = True
+        with self._guard:
+            book.undo.append(functools.partial(staging.note, staging.reserved, staging.told))
+            staging.note(reserved, charged)
         self.count(book)
 
     def leave(self, book: Book, folder: Path, size: int) -> None:

@@ -200,11 +200,12 @@ class Index:
         return found if present is None else [present, *found]
 
     def forget(self, item: Item) -> None:
-        """Drop an item whose files are gone."""
-        if self.items.pop(item.name, None) is item:
-            self._bytes -= item.bytes
-            item.state = State.GONE
-            self._place(item)
+        """Drop an item whose files are gone, also where it was learned anew since, as a transaction had failed."""
+        known = self.items.pop(item.name, None)
+        if known is not None:
+            self._bytes -= known.bytes
+            known.state = State.GONE
+            self._place(known)
 
     def pin(self, item: Item) -> None:
         """Book that this process reads an item."""
@@ -254,6 +255,10 @@ class Index:
             figures = {"used": taken, "need": amount, "limit": limits.total, "high": high}
             return DiskShortage(limits.min_free - left - going, Reason.MIN_FREE, figures)
         return DiskShortage(0, Reason.DISK_BUDGET, {})
+
+    def grounds(self) -> object:
+        """Return what decisions rest on: another one is told where anything has moved since, here or elsewhere."""
+        return self._epoch, self._seq, self._bytes, self.others, frozenset(self.stagings)
 
     def pressed(self) -> bool:
         """Whether a request lacks room."""

@@ -143,6 +143,10 @@ class Staging:
     known: str = ""
     lacking: bool = False
 
+    def note(self, reserved: int, told: int) -> None:
+        """Take note of what the ledger has for it; the guard is held."""
+        self.reserved, self.told, self.listed = reserved, told, True
+
     @property
     def target(self) -> Path:
         """The empty folder that becomes the artifact."""

@@ -115,12 +115,25 @@ class Publisher:
 
     def _drop(self, staging: Staging, debris: Path | None = None) -> None:
         """Give a reservation back; what can't be deleted now (no descriptor left, say) counts until it is gone."""
+        if staging.listed:
+            self._agreed.settle(lambda book: self._dropped(book, staging, debris))
         with self._guard:
             self._index.stagings.discard(staging)
-        if staging.listed:
-            self._agreed.drop(staging, debris)
-        with self._guard:
             self._guard.notify()
+
+    def _dropped(self, book: Book, staging: Staging, debris: Path | None) -> None:
+        self._end(book, staging)
+        if debris is not None:
+            self._agreed.leave(book, debris, staging.reserved)
+        self._agreed.count(book)
+
+    def _end(self, book: Book, staging: Staging) -> None:
+        """Set nothing aside for a staging any more; nor does the next transaction, which may tell of all anew."""
+        book.let_go([staging.id])
+        with self._guard:
+            if staging in self._index.stagings:
+                self._index.stagings.discard(staging)
+                book.undo.append(lambda: self._index.stagings.add(staging))
 
     def publish(self, staging: Staging, record: Record) -> Held:
         """Make a staged artifact visible, durably, and return it pinned.
@@ -135,7 +148,6 @@ class Publisher:
         name = self._store.new_name(folder_prefix(self._source, record.model))
         self._agreed.change(lambda book: self._arriving(book, staging, name, record))
         with self._guard:
-            self._index.stagings.discard(staging)
             item = self._index.items[name]
             item.verified = True
             self._index.pin(item)  # before anybody sees it, so that nobody removes it first
@@ -172,7 +184,7 @@ class Publisher:
     def _arriving(self, book: Book, staging: Staging, name: str, record: Record) -> None:
         """Count the folder instead of the staging, before it is there: so no crash leaves it uncounted."""
         self._agreed.learn(book)
-        book.let_go([staging.id])
+        self._end(book, staging)
         book.add([(name, record, record.fetched)], State.ARRIVING, self._store.owner)
         self._agreed.learn(book)
 

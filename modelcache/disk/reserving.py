@@ -34,12 +34,14 @@ class _Decision:
         granted: whether the bytes are set aside.
         victims: who is to go.
         told: the events for that.
+        grounds: what it rests on.
     """
 
     shortage: DiskShortage
     granted: bool
     victims: list[Item]
     told: list[Event]
+    grounds: object
 
 
 class DiskRoom:
@@ -109,7 +111,7 @@ class DiskRoom:
                     pinned, decision.shortage.reason, decision.shortage.figures, staging.wish.model
                 )
             ):
-                self._wait(staging, amount, decision.shortage)
+                self._wait(staging, amount, decision)
                 swept = not self._index.others.sharing
 
     def _decide(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
@@ -131,26 +133,25 @@ class DiskRoom:
                 for item in victims:
                     item.was = item.state
                     index.become(item, State.LEAVING)
+                grounds = index.grounds()
             if victims:
                 self._agreed.mark(book, victims, State.LEAVING)
             granted = shortage.fits and not behind
             if granted and staging is not None:
                 staging.wanted = 0
                 self._agreed.hold(book, staging, staging.reserved + amount)
-            return _Decision(shortage, granted, list(victims), told)
+            return _Decision(shortage, granted, list(victims), told, grounds)
 
         check = None if staging is None else functools.partial(self._check, staging)
         decision = self._agreed.change(decide, check)
         if staging is not None:
-            self._note(staging, amount, granted=decision.granted)
+            self._note(staging, granted=decision.granted)
         return decision
 
-    def _note(self, staging: Staging, amount: int, *, granted: bool) -> None:
+    def _note(self, staging: Staging, *, granted: bool) -> None:
         """Take note of what was agreed on."""
         with self._guard:
             if granted:
-                staging.reserved += amount
-                staging.told = min(staging.charged, staging.reserved)
                 staging.wish.refused(None)
             elif not staging.lacking:
                 self._guard.notify()  # who gives way to it learns of it
@@ -169,7 +170,7 @@ class DiskRoom:
         """Whether a request lacks room, and this is for none; the guard is held."""
         return self._index.pressed() and not staging.wish.urgent and not staging.wish.nested
 
-    def _wait(self, staging: Staging, amount: int, shortage: DiskShortage) -> None:
+    def _wait(self, staging: Staging, amount: int, decision: _Decision) -> None:
         """Wait for something to change.
 
         Raises:
@@ -177,7 +178,7 @@ class DiskRoom:
             Cancelled: it was told to stop, or nobody waits for it any more.
             Contention: two fetches hold what the other needs.
         """
-        wish = staging.wish
+        wish, shortage = staging.wish, decision.shortage
         if staging.wanted != amount and (self._index.others.sharing or self._index.read_elsewhere()):
             staging.wanted = amount  # or two processes would wait for one another
             self._agreed.change(lambda book: self._agreed.hold(book, staging, staging.reserved))
@@ -194,7 +195,7 @@ class DiskRoom:
                 if behind:
                     staging.waiting = True
                     self._guard.wait(RECHECK)
-                if behind or shortage.fits:
+                if behind or shortage.fits or decision.grounds != self._index.grounds():
                     return
                 if shortage.missing > 0 and self._upstairs.idle(self._others(staging)):
                     return  # it became idle since it was asked for
@@ -291,11 +292,12 @@ class DiskRoom:
         if not pinned or not self._store.writable:
             return
         self._agreed.look_at_others()
+        if not (wanted := self._index.others.wanted):
+            return
         limits = self._read_limits()
         with self._guard:
-            wanted = self._index.others.wanted
             shortage = self._index.shortage(wanted, limits)
-        if wanted and shortage.missing > 0:
+        if shortage.missing > 0:
             self._upstairs.give_up(pinned, shortage.reason, shortage.figures, "")
 
     def shrink(self) -> None:

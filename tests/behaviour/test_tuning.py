@@ -259,7 +259,8 @@ def test_assignments_from_many_threads(make_cache: MakeCache, spawn: Spawn) -> N
     for looker in lookers:
         looker.result(WAIT)
     cache.memory.max_models = 2
-    assert len(book.alive) <= 2
+    assert cache.stats().models <= 2
+    eventually(lambda: len(book.alive) <= 2)  # the monitor may be at it already: nobody waits for its unload=
 
 
 def test_tuning_within_a_loader_or_callback(make_cache: MakeCache) -> None:

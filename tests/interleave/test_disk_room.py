@@ -1,12 +1,14 @@
 """Fetches that need one another's room, leased artifacts in the way, and retuning while bytes move."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelcache import NoRoom, Timeout, TooLarge
+from modelcache.disk.reserving import DiskRoom
 from tests.support.fakes import DictSource
 from tests.support.racing import Call, Counting, Gate, Model, allocated, small_cache, together
 from tests.support.waiting import eventually
@@ -242,3 +244,65 @@ def test_lease_of_an_ended_thread_is_not_the_next_ones(tmp_path: Path, tier: str
         assert not get.over, get.error()
         lease.release()
         assert get.result(5).name == "a"
+
+
+@pytest.mark.parametrize("what", ["gone", "published"])
+def test_others_move_between_a_decision_and_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What another process ends just after it was in the way makes room, whoever here learns of it first."""
+    settings: dict[str, Any] = {"disk": {"budget": size_on_disk(4) + OVERHEAD}}
+    source = DictSource().add("a", "b")
+    with small_cache(tmp_path, source, **settings) as one, small_cache(tmp_path, source, **settings) as other:
+        step, gate = ("discard", Gate()) if what == "gone" else ("publish", Gate())
+        if what == "gone":
+            assert other.prefetch(["a"], tier="disk").wait(5)
+        store = other.disk.store
+        real = getattr(store, step)
+        monkeypatch.setattr(store, step, lambda *arguments: (gate(), real(*arguments))[1])
+        job = Call(other.delete, "a") if what == "gone" else Call(other.prefetch(["a"], tier="disk").wait, 9)
+        gate.wait()
+        wait = DiskRoom._wait
+
+        def late(*arguments: Any) -> None:
+            gate.open()
+            job.result()
+            one.models()
+            wait(*arguments)
+
+        monkeypatch.setattr(DiskRoom, "_wait", late)
+        assert one.get("b", timeout=9).name == "b"
+
+
+def test_files_of_a_model_that_another_thread_unloads(tmp_path: Path) -> None:
+    """A fetch waits for the files of a model whose ``unload=`` runs on another thread."""
+    gate = Gate()
+    settings: dict[str, Any] = {"disk": {"budget": size_on_disk(4) + OVERHEAD}}
+    with small_cache(tmp_path, DictSource().add("a", "b"), unload=lambda _: gate(), **settings) as cache:
+        cache.get("a")
+        dropped = Call(cache.unload, "a")
+        gate.wait()
+        get = Call(cache.get, "b", timeout=9)
+        eventually(lambda: get.over or cache._parts.flights.active["b"].state == "waiting for room")
+        gate.open()
+        assert get.result().name == "b"
+        assert dropped.result()
+
+
+def test_unload_that_asks_for_the_room_of_its_own_files(tmp_path: Path) -> None:
+    """An ``unload=`` that looks up a model for which its own files are in the way is told so, and does not hang."""
+    errors: list[Exception] = []
+
+    def unload(_: Model) -> None:
+        try:
+            cache.get("b", timeout=9)
+        except NoRoom as error:
+            errors.append(error)
+
+    budget = size_on_disk(4) + OVERHEAD
+    with small_cache(tmp_path, DictSource().add("a", "b"), unload=unload, disk={"budget": budget}) as cache:
+        cache.get("a")
+        started = time.monotonic()
+        assert cache.unload("a")
+        assert len(errors) == 1
+        assert time.monotonic() - started < 5

@@ -35,9 +35,9 @@ FOLDER = Path(sys.argv[1])
 """
 
 
-def fork_script(tmp_path: Path, script: str, **settings: int) -> str:
+def fork_script(tmp_path: Path, script: str, *arguments: str, **settings: int) -> str:
     """Run a script that may fork."""
-    return run(FORK + textwrap.dedent(script), tmp_path, **settings)
+    return run(FORK + textwrap.dedent(script), tmp_path, *arguments, **settings)
 
 
 def test_f094_child_serves_what_was_loaded_and_its_monitor_evicts(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from modelcache import DiskTier
+from modelcache.disk.book import Book
 from modelcache.disk.publishing import Publisher
+from modelcache.disk.reserving import DiskRoom
 from tests.support.children import run, start
 from tests.support.fakes import DictSource
-from tests.support.racing import allocated, small_cache
+from tests.support.racing import Call, allocated, small_cache
 from tests.support.waiting import eventually
 from tests.support.warm import Warm
 
@@ -492,3 +494,60 @@ def test_other_ledger_evicts_what_is_being_published(tmp_path: Path, monkeypatch
         monkeypatch.setattr(store, "publish", publish_and_remove)
         assert one.get("a").name == "a"
         assert tried == [None]
+
+
+def test_retunes_between_the_steps_of_a_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget assigned right after any transaction of a fetch, told to all by the next one, changes no other count."""
+    with small_cache(tmp_path, DictSource().add("a")) as cache:
+        ledger, counted = cache.disk.store.ledger, list[int]()
+        change = ledger.change
+
+        def retuned(decide: Any, check: Any = None) -> Any:
+            result = change(decide, check)
+            monkeypatch.undo()
+            cache.disk.budget = 2**30 + len(counted)
+            counted.append(cache.stats().disk_used)
+            monkeypatch.setattr(ledger, "change", retuned)
+            return result
+
+        monkeypatch.setattr(ledger, "change", retuned)
+        assert cache.get("a").name == "a"
+        monkeypatch.undo()
+        assert len(counted) >= 3
+        assert min(counted) >= allocated(tmp_path / "disk") == cache.stats().disk_used
+
+
+def test_retune_in_the_middle_of_a_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget assigned while what was set aside becomes an artifact is told with it, and sets nothing aside anew."""
+    with small_cache(tmp_path, DictSource().add("a")) as cache:
+        let_go, assigning = Book.let_go, list[Call]()
+
+        def retuned(book: Book, ids: Any) -> None:
+            let_go(book, ids)
+            if not assigning:
+                assigning.append(Call(setattr, cache.disk, "budget", 2**30))
+                eventually(lambda: cache.disk.budget == 2**30)
+
+        monkeypatch.setattr(Book, "let_go", retuned)
+        assert cache.get("a").name == "a"
+        assigning[0].result()
+        assert cache.stats().disk_used == allocated(tmp_path / "disk")
+
+
+def test_full_ledger_after_a_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal that the ledger could only note later counts no more, and nothing goes on leaving."""
+    with small_cache(tmp_path, DictSource().add("a", "b")) as cache:
+        cache.prefetch(["a", "b"], tier="disk").wait(10)
+        removed = DiskRoom._removed
+
+        def failing(*arguments: Any) -> None:
+            removed(*arguments)
+            monkeypatch.undo()
+            raise OSError(28, "full")
+
+        monkeypatch.setattr(DiskRoom, "_removed", failing)
+        cache.delete("a")
+        assert cache.get("b").name == "b"
+        cache.disk.budget = 2**30
+        assert cache.stats().disk_used == allocated(tmp_path / "disk")
+        assert not cache._parts.shelf.index.moving()

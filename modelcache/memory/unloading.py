@@ -177,7 +177,8 @@ class Unloader(Generic[T]):
         """
         with self._guard:
             hopeful = self._residents.lingering.hopeful()
-        return (hopeful or (urgent and self._doubtful)) and self._collect(urgent=urgent)
+        # Where parts live on, not models, nothing tells whether it helped: it is run no more often than one in vain.
+        return (hopeful or (urgent and self._doubtful)) and self._collect(urgent=urgent and hopeful, judged=hopeful)
 
     def search(self, *, last: bool = False) -> bool:
         """Collect cycles and give heap back, as less came back than models promised; return whether that was done.
@@ -196,7 +197,7 @@ class Unloader(Generic[T]):
         """Take note of whether it brought memory back."""
         self._garbage.judge(helped=helped)
 
-    def _collect(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
+    def _collect(self, *, urgent: bool, wait: bool = False, last: bool = False, judged: bool = False) -> bool:
         if not self._garbage.turn(urgent=urgent, wait=wait, last=last):
             return False
         with self._guard:
@@ -206,6 +207,6 @@ class Unloader(Generic[T]):
         with self._guard:
             helped = len(self._residents.lingering.look()) < before
             self._residents.lingering.collected()
-        if not wait:  # else the gauge tells
+        if judged:
             self._garbage.judge(helped=helped)
         return True

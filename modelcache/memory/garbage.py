@@ -26,12 +26,12 @@ class Garbage:
         self._took = 0.0
         self._rarity = 1
 
-    def collect(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
-        """Run ``gc.collect()`` unless one was just before; return whether it ran.
+    def turn(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
+        """Return whether a collection may run now, as none was just before.
 
         Args:
             urgent: a load waits for what this may free.
-            wait: wait for its turn, a second at most, and run it then: unless the latest were in vain.
+            wait: wait for its turn, a second at most: unless the latest were in vain.
             last: the load is refused otherwise, so that after some in vain it has its turn no later than others.
         """
         rest = _SHARE * self._took * (1 if last else self._rarity)
@@ -41,11 +41,14 @@ class Garbage:
             return False
         if left > 0:
             threading.Event().wait(min(left, _LONGEST))
+        return True
+
+    def collect(self) -> None:
+        """Run ``gc.collect()``."""
         started = time.monotonic()
         gc.collect()
         self._ended = time.monotonic()
         self._took = self._ended - started
-        return True
 
     def judge(self, *, helped: bool) -> None:
         """Take note of what the last collection was good for: those in vain become rare, as they stall all threads."""

@@ -107,8 +107,9 @@ class Measuring(Generic[T]):
         reading = self._tier.read()
         if reading is None or not self._excessive(scale, reading):
             return reading
-        if not self._undisturbed(scale) or not self._garbage.collect(urgent=True):  # others may have taken it
+        if not self._undisturbed(scale) or not self._garbage.turn(urgent=True):  # others may have taken it
             return reading
+        self._garbage.collect()
         heap.give_back()
         after = self._tier.read()
         if after is not None:

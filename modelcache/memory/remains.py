@@ -4,17 +4,23 @@ A model that can be referenced weakly tells of its own end (``memory.lingering``
 or a list tells nothing. So its parts are held for a moment while it goes: one that something else holds lives on.
 """
 
+import contextlib
 import gc
 import sys
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
+from logging import Logger
+from re import Pattern
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 _MOST = 30_000  # references that are followed, some milliseconds; a larger model is taken to leave something
+_STEP = 10  # references that take as long as one more layer does
 _PASSES = 4  # one is enough for a tree; in others an inner part may stand before an outer one that holds it
 _SIZED = (list, tuple, dict, set, frozenset, deque)
-_SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType)  # a module holds them, whatever becomes of a model
+_SHARED = (type, FunctionType, BuiltinFunctionType, ModuleType, Enum, Logger, Pattern)  # others hold them, mostly
+_name_of_type = type.__dict__["__qualname__"].__get__  # a metaclass may have an attribute of that name
 
 
 class Remains:
@@ -24,45 +30,69 @@ class Remains:
     """
 
     def __init__(self, value: object) -> None:
-        self._whole = True
-        self._parts = self._look(value) if gc.is_tracked(value) else []
-
-    def _look(self, value: object) -> list[Any]:
-        """Return the parts from the outside inwards, without running code of theirs, as isinstance() and len() may."""
-        known: dict[int, Any] = {id(value): value}
-        layer, followed, sizes = [value], 0, _Sizes()
-        while layer:
-            followed += sum(sizes[type(part)](part) for part in layer)
-            if followed > _MOST:
-                self._whole = False
-                break
-            outer, layer = layer, []
-            for part in filter(gc.is_tracked, gc.get_referents(*outer)):
-                if id(part) not in known and not issubclass(type(part), _SHARED):
-                    known[id(part)] = part
-                    layer.append(part)
-        return list(known.values())
+        parts = None
+        with contextlib.suppress(MemoryError):  # an error that is logged would keep the model
+            parts = _look(value)
+        self._whole = parts is not None
+        self._parts = parts or []
 
     def left(self) -> bool:
         """Give the parts up; return whether one lives on, or may, as the model was too large to be looked at whole."""
         parts, self._parts = self._parts, []
-        for _ in range(_PASSES):
+        for _ in range(_PASSES):  # from the outside inwards, then from the other end, and so on
             parts = _held(parts)
         return bool(parts) or not self._whole
 
 
-class _Sizes(dict[type, Callable[[Any], int]]):
-    """How many references an object of a type has."""
+def _look(value: object) -> list[Any] | None:
+    """Return the parts from the inside outwards, None if there are too many.
 
-    def __missing__(self, kind: type) -> Callable[[Any], int]:
-        self[kind] = next((base.__len__ for base in _SIZED if issubclass(kind, base)), lambda _: 1)
-        return self[kind]
+    No code of theirs is run, as isinstance(), len() and hash() may.
+    """
+    known: dict[int, Any] = {}
+    lengths: dict[int, Callable[[Any], int]] = {}
+    found, followed = [value], 0
+    while found:
+        followed += len(found) + _STEP
+        if followed > _MOST:
+            return None
+        layer: list[Any] = []
+        ahead = 0
+        for part in filter(gc.is_tracked, found):
+            kind = type(part)
+            if id(part) in known:
+                continue
+            if issubclass(kind, _SHARED):
+                layer.append(_own(part))
+                continue
+            known[id(part)] = part
+            layer.append(part)
+            if id(kind) not in lengths:
+                lengths[id(kind)] = _length(kind)
+            ahead += lengths[id(kind)](part)
+        if followed + ahead > _MOST:
+            return None
+        found = gc.get_referents(*layer)
+    return list(reversed(known.values()))
+
+
+def _own(part: Any) -> list[Any]:
+    """Return what of a class, a function or the like is a model's own: nothing where a module holds it."""
+    if type(part) is BuiltinFunctionType:
+        return [part.__self__]
+    if type(part) is FunctionType:
+        return [part.__closure__, part.__defaults__] if "<locals>" in part.__qualname__ else []
+    return gc.get_referents(part) if issubclass(type(part), type) and "<locals>" in _name_of_type(part) else []
+
+
+def _length(kind: type) -> Callable[[Any], int]:
+    """Return what tells how many references an object of a type has."""
+    return next((base.__len__ for base in _SIZED if issubclass(kind, base)), lambda _: 1)
 
 
 def _held(parts: list[Any]) -> list[Any]:
-    """Empty ``parts``; return those that something else holds than what went before them."""
+    """Empty ``parts`` from the end; return those that something else holds than what went before them."""
     held = []
-    parts.reverse()
     while parts:
         part = parts.pop()
         if sys.getrefcount(part) > _ALONE:

@@ -126,16 +126,20 @@ class Unloader(Generic[T]):
 
     def _drop(self, entry: Entry[T]) -> None:
         """Drop the model; take note of whether it lives on, or anything in it does."""
-        straggler, remains = None, None
+        straggler, left = None, True
         try:
-            straggler = follow(entry.value, entry.model, entry.bytes)
-            remains = Remains(entry.value)
+            try:
+                straggler = follow(entry.value, entry.model, entry.bytes)
+                remains = Remains(entry.value)
+            finally:
+                del entry.value  # a get() that came too late finds no attribute, and takes the slow path
+            left = remains.left()
         finally:
-            del entry.value  # a get() that came too late finds no attribute, and takes the slow path
-        self._doubtful = remains.left() or self._doubtful
-        if straggler is not None and straggler.alive:
-            with self._guard:
-                self._residents.lingering.add(straggler)
+            if left:  # also if an interrupt came, or memory is out; never set to False here: others drop models too
+                self._doubtful = True
+            if straggler is not None and straggler.alive:
+                with self._guard:
+                    self._residents.lingering.add(straggler)
 
     def _run_unload(self, entry: Entry[T]) -> str | None:
         """Return what ``unload=`` raised, as text: the error itself would keep the model alive."""
@@ -173,7 +177,8 @@ class Unloader(Generic[T]):
         """
         with self._guard:
             hopeful = self._residents.lingering.hopeful()
-        return (hopeful or (urgent and self._doubtful)) and self._collect(urgent=urgent)
+        # Where parts live on, not models, nothing tells whether it helped: it is run no more often than one in vain.
+        return (hopeful or (urgent and self._doubtful)) and self._collect(urgent=urgent and hopeful, judged=hopeful)
 
     def search(self, *, last: bool = False) -> bool:
         """Collect cycles and give heap back, as less came back than models promised; return whether that was done.
@@ -192,16 +197,16 @@ class Unloader(Generic[T]):
         """Take note of whether it brought memory back."""
         self._garbage.judge(helped=helped)
 
-    def _collect(self, *, urgent: bool, wait: bool = False, last: bool = False) -> bool:
+    def _collect(self, *, urgent: bool, wait: bool = False, last: bool = False, judged: bool = False) -> bool:
+        if not self._garbage.turn(urgent=urgent, wait=wait, last=last):
+            return False
         with self._guard:
             before = len(self._residents.lingering.look())
-        doubtful, self._doubtful = self._doubtful, False
-        if not self._garbage.collect(urgent=urgent, wait=wait, last=last):
-            self._doubtful = self._doubtful or doubtful
-            return False
+        self._doubtful = False  # only now: others look for cycles too, and what is dropped from here on may be missed
+        self._garbage.collect()
         with self._guard:
             helped = len(self._residents.lingering.look()) < before
             self._residents.lingering.collected()
-        if not wait:  # else the gauge tells
+        if judged:
             self._garbage.judge(helped=helped)
         return True

@@ -315,6 +315,71 @@ def test_f012_loads_larger_than_expected_keep_no_cycles(make_cache: MakeCache) -
     assert cache.stats().evictions == 2
 
 
+def test_f012_cycles_are_found_that_could_not_be_looked_for(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F012: models leave, and cycles in them are collected, though memory was out when the models were looked at."""
+    alive: list[Any] = []
+
+    def load(path: Path) -> Any:
+        inner = Direct()
+        alive.append(weakref.ref(inner))
+        return {"inner": inner}
+
+    cache = make_cache(
+        DictSource().add(*"abcd"),
+        load=load,
+        unload=None,
+        size_of=lambda model, path: 1 << 30,
+        memory={"gauge": FakeGauge(lambda: sum(one() is not None for one in alive) << 30, 8 << 30), "interval": NEVER},
+    )
+    for model in "abcd":
+        cache.get(model)
+    told: list[Any] = []
+    cache.on(Reclaimed, told.append)
+
+    def short(*parts: object) -> list[Any]:
+        raise MemoryError
+
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(gc, "get_referents", short)
+            cache.memory.high = "2 GiB"
+    finally:
+        gc.enable()
+    assert sum(event.freed for event in told) == 2 << 30
+    assert cache.stats().evictions == 2
+
+
+def test_f012_no_collection_is_in_vain_that_nothing_tells_of(make_cache: MakeCache) -> None:
+    """F012: after a collection for a part of a model, which can't be seen to help, cycles are looked for as before."""
+    alive: list[Any] = []
+
+    def load(path: Path) -> Any:
+        inner = Direct()
+        alive.append(weakref.ref(inner))
+        return {"inner": inner}
+
+    cache = make_cache(
+        DictSource().add(*"abcdef"),
+        load=load,
+        unload=None,
+        size_of=lambda model, path: 1 << 30,
+        memory={"gauge": FakeGauge(lambda: sum(one() is not None for one in alive) << 30, 8 << 30), "interval": NEVER},
+    )
+    for model in "abcdef":
+        cache.get(model)
+    gc.disable()
+    try:
+        cache.memory.max_models = 5
+        for high in (5, 4, 3):
+            cache.memory.high = (high << 30) - 1
+            assert sum(one() is not None for one in alive) == cache.stats().models == high - 1
+    finally:
+        gc.enable()
+
+
 # What does not come back
 
 

@@ -1,10 +1,12 @@
 """What the memory tier does when memory does not come back, and what it says of it."""
 
 import gc
+import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -301,6 +303,58 @@ def shared() -> dict[str, Any]:
     return {"first": [[inner, inner[0]]], "second": inner}
 
 
+def dependent() -> dict[str, list[Any]]:
+    """Return a model of parts in the order in which they build on each other."""
+    layers: dict[str, list[Any]] = {"first": []}
+    for number in range(20):
+        layers[f"layer {number}"] = [list(layers.values())[-1]]
+    return layers
+
+
+def closure() -> Callable[[], Any]:
+    """Return a function that holds a model."""
+    weights: list[Any] = [["weights"]]
+    return lambda: weights
+
+
+def recursive() -> dict[str, Callable[[int], Any]]:
+    """Return a model with a function that holds the weights, and itself."""
+    weights: list[Any] = [["weights"]]
+
+    def predict(depth: int) -> Any:
+        return predict(depth - 1) if depth else weights
+
+    return {"predict": predict}
+
+
+def of_its_own() -> object:
+    """Return a model of a class that was made for it: a class is a cycle."""
+
+    class Model:
+        weights: ClassVar[list[Any]] = [["weights"]]
+
+    return Model()
+
+
+def common() -> list[Any]:
+    """Return a model with what modules share among all."""
+    return [Reason.WATERMARK, logging.getLogger(__name__), re.compile("a+"), ring, Odd, len, [].append]
+
+
+class Odd(type):
+    """A class of classes that can't be looked up in a dict."""
+
+    def __hash__(cls) -> int:
+        raise AssertionError
+
+
+class Inner(metaclass=Odd):
+    """A part of a model."""
+
+    def __init__(self) -> None:
+        self.whole = self
+
+
 @pytest.mark.parametrize(
     ("make", "searched"),
     [
@@ -308,11 +362,21 @@ def shared() -> dict[str, Any]:
         (lambda: {f"item {number}": [["weights"], {"of": ["items"]}] for number in range(500)}, False),
         (threading.local, False),
         (shared, False),
+        (dependent, False),
+        (common, False),
+        (closure, False),
+        (recursive, True),
+        (of_its_own, True),
+        (lambda: [ring().append], True),
+        (lambda: [Inner()], True),
         (ring, True),
         (lambda: {"deep": [{"inside": (ring(),)}]}, True),
         (lambda: list(range(100_000)), True),  # too large to be looked at
     ],
-    ids=["bytes", "tree", "object", "shared", "ring", "ring inside", "large"],
+    ids=[
+        *["bytes", "tree", "object", "shared", "dependent", "common", "closure", "recursive", "class", "method"],
+        *["odd class", "ring", "ring inside", "large"],
+    ],
 )
 def test_cycles_are_looked_for_where_something_lives_on(
     make_cache: MakeCache, make: Callable[[], Any], *, searched: bool

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -637,6 +637,16 @@ def published(disk: Path) -> Path:
     return folder
 
 
+def rewrite(**fields: object) -> Callable[[Path], object]:
+    """Return what gives a record other fields."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "record.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return damage
+
+
 DAMAGES = {
     "empty record": lambda folder: (folder / "record.json").write_text(""),
     "no JSON": lambda folder: (folder / "record.json").write_text("{"),
@@ -644,23 +654,31 @@ DAMAGES = {
     "no UTF-8": lambda folder: (folder / "record.json").write_bytes(b"\xff\xfe"),
     "no record": lambda folder: (folder / "record.json").unlink(),
     "no artifact": lambda folder: shutil.rmtree(folder / "artifact"),
-    "a number for an id": lambda folder: (folder / "record.json").write_text(
-        (folder / "record.json").read_text().replace('"model": "a"', '"model": 7')
+    "a deep nest": lambda folder: (folder / "record.json").write_text("[" * 100_000),
+    "more than a record": lambda folder: (folder / "record.json").write_text(
+        (folder / "record.json").read_text() + "{}"
     ),
-    "another format": lambda folder: (folder / "record.json").write_text(
-        (folder / "record.json").read_text().replace('"format": 2', '"format": 0')
-    ),
+    "a number for an id": rewrite(model=7),
+    "half a character": rewrite(version="\ud83d"),
+    "no number": rewrite(fetch_seconds=float("nan")),
+    "a number beyond the ledger's": rewrite(size=2**63),
+    "bytes below none": rewrite(bytes=-1),
+    "a strange field": rewrite(color="red"),
+    "another format": rewrite(format=0),
 }
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["known", "ledger lost"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_record_is_fetched_again(
-    make_cache: MakeCache, source: DictSource, tmp_path: Path, damage: Any
+    make_cache: MakeCache, source: DictSource, tmp_path: Path, damage: Any, lost: bool
 ) -> None:
     """An artifact whose record is damaged is fetched again; the damaged one takes no uncounted room."""
     with make_cache(source) as cache:
         bring(cache, "a")
     damage(published(tmp_path / "disk"))
+    for path in (tmp_path / "disk").glob("ledger*") if lost else ():
+        path.unlink()
     cache = make_cache(source)
     assert cache.get("a").model == "a"
     assert source.opens == ["a", "a"]

@@ -4,6 +4,7 @@ Every method runs under the cache's guard and does nothing but decide; ``disk.sh
 moment they are reserved until their files are gone. What other processes have done is told by the ledger.
 """
 
+import contextlib
 import time
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
@@ -13,11 +14,13 @@ from pathlib import Path  # noqa: TC003 - as elsewhere
 from modelcache.disk.book import STATES, Asked, Row, State, named
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
 from modelcache.disk.layout import Record
+from modelcache.disk.uncollected import uncollected
 from modelcache.events import Reason
 from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
 
 _FETCHED = 1 + Record._fields.index("fetched")  # in a row
 _LAST = 3  # in what was asked for
+_MANY = 1000  # rows at once
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
 
 
@@ -77,7 +80,8 @@ class Index:
                 for name in [name for name in self.items if name not in listed]:
                     self.forget(self.items[name])
             rows.sort(key=itemgetter(_FETCHED))  # so that a policy finds the order of their coming
-        self._admit(self._take_in(rows, me), *asked)
+        with uncollected() if len(rows) > _MANY else contextlib.nullcontext():
+            self._admit(self._take_in(rows, me), *asked)
         if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
             self._epoch, self._seq = epoch, seq
 

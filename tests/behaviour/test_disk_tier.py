@@ -1,6 +1,7 @@
 """The disk tier through a cache: its budget, its order, its folder, and what it finds again after a restart."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -29,7 +30,8 @@ from modelcache import (
     TooLarge,
 )
 from modelcache.disk.sweeping import sweep
-from modelcache.policies import Standing, Worth
+from modelcache.policies import Resident, Standing, Worth
+from modelcache.policies.ranked import LeastRecent
 from tests.support.fakes import Book, DictSource, MakeCache, allocated, tar
 from tests.support.waiting import WAIT, Spawn, eventually
 
@@ -417,6 +419,40 @@ def test_restart_finds_every_model(make_cache: MakeCache, source: DictSource) ->
         assert cache.get(model).model == model
     assert source.finds == []
     assert [event for event in cache.history() if isinstance(event, Fetched)] == []
+
+
+class Watching(LeastRecent):
+    """LRU that notes whether cyclic garbage could be collected as it was told of models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collecting: list[bool] = []
+
+    def admitted(self, resident: Resident) -> None:
+        """Look."""
+        self.collecting.append(gc.isenabled())
+        super().admitted(resident)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_restart_with_many_models_collects_no_garbage(make_cache: MakeCache, tmp_path: Path, enabled: bool) -> None:
+    """While a start takes in more than a thousand models nothing is collected; then it is as it was before."""
+    with make_cache() as cache:
+        bring(cache, "a")
+    first = published(tmp_path / "disk")
+    for number in range(1001):
+        folder = first.with_name(f"{first.name[:-8]}{number:08x}")
+        shutil.copytree(first, folder)
+        rewrite(model=f"m{number}")(folder)
+    policy = Watching()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        cache = make_cache(disk={"policy": policy})
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert len(on_disk(cache)) == 1002
+    assert policy.collecting == [enabled, *[False] * 1001]  # the ledger knew of the first alone
 
 
 def test_restart_keeps_recency(make_cache: MakeCache, source: DictSource) -> None:

@@ -148,11 +148,12 @@ class Agreement:
 
     def _catch_up(self, book: Book) -> str:
         epoch = book.epoch
-        rows, seq, whole = book.changes(self._index.since(epoch))
+        rows, seq, whole = book.changes(self._index.since(epoch), self._store.made)
         if rows or whole or seq != self._index.since(epoch):
             asked = book.asked(self._source, 0 if whole else self._index.since(epoch))
             with self._guard:
                 self._index.learn(epoch, rows, asked, seq, self._store.owner, whole=whole)
+                self._store.made = None
                 now = time.time()
                 for name in [row[0] for row in rows if row[USED] > now]:  # by a wrong clock: the latest for years
                     self._uses.setdefault(name, (0.0, 0))

@@ -41,7 +41,7 @@ CREATE TABLE artifacts(
     digest TEXT,
     state INTEGER, owner TEXT, used REAL, uses INTEGER, by TEXT, seq INTEGER
 ) WITHOUT ROWID;
-CREATE INDEX changes ON artifacts(seq);
+CREATE INDEX changes ON artifacts(seq) WHERE seq IS NOT NULL;
 CREATE INDEX moving ON artifacts(owner) WHERE owner IS NOT NULL;
 CREATE TABLE holds(
     id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, wanted INTEGER
@@ -52,7 +52,6 @@ CREATE TABLE requests(
 CREATE INDEX asked ON requests(seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
 CREATE TABLE memory(owner TEXT PRIMARY KEY, scope TEXT, account TEXT) WITHOUT ROWID;
-PRAGMA user_version = {version};
 """
 
 
@@ -75,16 +74,36 @@ STATES = tuple(State)
 """By number: a call of the class takes ten times as long."""
 
 
-Row = tuple[str, str, str, str, str | None, int, float, float, int, str, int, str | None, float, int, str | None]
-"""One published folder, as the table ``artifacts`` has it: name, record, state, owner, used, uses, by.
+_COLUMNS = (
+    "name, model, source, version, single, size, fetched, fetch_seconds, bytes, digest, used, state, owner, uses, by"
+)
 
-A plain tuple: there may be very many. What is to become of it (``State``, as a number), the process that brings or
-removes it (None where nobody does), seconds since the epoch of its last use, how often it was used, and the process
-that used it last.
+_FILL = f"INSERT INTO artifacts({_COLUMNS}) VALUES ({'?, ' * 11}{State.PRESENT:d}, NULL, 1, NULL)"  # noqa: S608
+
+Row = tuple[str, str, str, str, str | None, int, float, float, int, str, float, int, str | None, int, str | None]
+"""One published folder, as the table ``artifacts`` has it: name, record, used, state, owner, uses, by.
+
+A plain tuple: there may be very many. Seconds since the epoch of its last use, what is to become of it (``State``, as a
+number), the process that brings or removes it (None where nobody does), how often it was used, and the process that
+used it last.
 """
 
-USED: Final = 12
+USED: Final = 10
 """Where a ``Row`` tells of the last use."""
+
+
+class Made(NamedTuple):
+    """What was just written into a new ledger, so that who wrote it need not read it.
+
+    Attributes:
+        epoch: which ledger it is.
+        seq: number of the change; while there is no later one, this is all there is.
+        rows: the published folders.
+    """
+
+    epoch: str
+    seq: int
+    rows: list[Row]
 
 
 @attrs.frozen
@@ -110,20 +129,12 @@ class Hold:
     wanted: int
 
 
-class Asked(NamedTuple):
-    """How often a model was asked for; see ``policies.Standing``.
+Asked = tuple[str, float, float, float]
+"""How often a model was asked for; see ``policies.Standing``. A plain tuple, as ``Row``.
 
-    Attributes:
-        model: its id.
-        n: requests, halved now and then together with the time since the first.
-        first: number of the request that counts as its first, among all to the folder.
-        last: number of the request that was its last.
-    """
-
-    model: str
-    n: float
-    first: float
-    last: float
+Its id, requests (halved now and then together with the time since the first), and the numbers of the requests that
+count as its first and its last, among all to the folder.
+"""
 
 
 class Book:
@@ -159,20 +170,20 @@ class Book:
             self._seq = int(self._meta("seq"))
         return self._seq
 
-    def changes(self, since: int) -> tuple[list[Row], int, bool]:
+    def changes(self, since: int, made: Made | None = None) -> tuple[list[Row], int, bool]:
         """Return what has changed since a change, up to which one, and whether that is all there is.
 
         Args:
             since: number of the last change that is known; 0: none.
+            made: what this process has written into a new ledger, perhaps this one.
         """
         seq = int(self._meta("seq"))
         if seq == since:
             return [], since, False
         whole = since < int(self._meta("horizon")) or since == 0
-        query = (
-            "SELECT name, model, source, version, single, size, fetched, fetch_seconds, bytes, digest, "
-            "state, owner, used, uses, by FROM artifacts WHERE"
-        )
+        if whole and made is not None and (made.epoch, made.seq) == (self.epoch, seq):
+            return made.rows, seq, whole
+        query = f"SELECT {_COLUMNS} FROM artifacts WHERE"  # noqa: S608 - no input
         if whole:
             found = self._sql(f"{query} state != ?", (State.GONE,))
         else:
@@ -191,6 +202,13 @@ class Book:
             "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
             ((name, *record, state, owner, used, owner, seq) for name, record, used in found),
         )
+
+    def fill(self, found: Iterable[tuple[str, Record, float]]) -> Made:
+        """Take in all that a new ledger begins with, as ``add`` does, but fast: without a number for each."""
+        rest = (int(State.PRESENT), None, 1, None)
+        rows: list[Row] = [(name, *record, used, *rest) for name, record, used in found]
+        self._many(_FILL, (row[: -len(rest)] for row in rows))
+        return Made(self.epoch, self._tick(), rows)
 
     def mark(self, names: Iterable[str], state: State, owner: str | None) -> None:
         """Say what is to become of folders."""
@@ -231,9 +249,10 @@ class Book:
 
         Models of any but the given source are named as ``named`` does.
         """
-        name = "CASE source WHEN ? THEN model ELSE source || char(10) || model END"
-        query = f"SELECT {name}, n, first, last FROM requests WHERE seq > ? ORDER BY last"  # noqa: S608 - no input
-        return int(self._meta("clock")), [*map(Asked._make, self._sql(query, (source, since)))]
+        name = "CASE source WHEN :source THEN model ELSE source || char(10) || model END"
+        later = "WHERE seq > :since" if since else ""  # whose index would lead to all, one by one
+        query = f"SELECT {name}, n, first, last FROM requests {later}"  # noqa: S608 - no input
+        return int(self._meta("clock")), self._sql(query, {"source": source, "since": since}).fetchall()
 
     def holds(self) -> list[Hold]:
         """Return all that is set aside, by any process."""
@@ -289,6 +308,6 @@ def named(source: str, model: str, mine: str) -> str:
 
 def create(connection: sqlite3.Connection) -> None:
     """Make the tables of a new ledger, inside a transaction."""
-    for statement in SCHEMA.format(epoch=secrets.token_hex(8), version=VERSION).split(";"):
+    for statement in SCHEMA.format(epoch=secrets.token_hex(8)).split(";"):
         if statement.strip():
             connection.execute(statement)

@@ -56,21 +56,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, at: int | None = None) -> str:
     """Return the text of a small file; fewer calls of the system than ``open``, which looks at what it opens.
+
+    Args:
+        path: of the file.
+        at: descriptor of the folder that ``path`` begins in; None: as ``open`` has it.
 
     Raises:
         OSError: it can't be read.
         UnicodeDecodeError: it is no text.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
     try:
-        pieces = [os.read(descriptor, _AT_ONCE)]
-        while len(pieces[-1]) == _AT_ONCE:
-            pieces.append(os.read(descriptor, _AT_ONCE))
+        text = piece = os.read(descriptor, _AT_ONCE)
+        while len(piece) == _AT_ONCE:
+            piece = os.read(descriptor, _AT_ONCE)
+            text += piece
     finally:
         os.close(descriptor)
-    return b"".join(pieces).decode()
+    return text.decode()
 
 
 def make_folder(folder: Path, mode: int) -> None:

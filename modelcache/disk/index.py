@@ -4,19 +4,23 @@ Every method runs under the cache's guard and does nothing but decide; ``disk.sh
 moment they are reserved until their files are gone. What other processes have done is told by the ledger.
 """
 
+import contextlib
 import time
 from collections import ChainMap
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter, itemgetter
 from pathlib import Path  # noqa: TC003 - as elsewhere
 
 from modelcache.disk.book import STATES, Asked, Row, State, named
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
 from modelcache.disk.layout import Record
+from modelcache.disk.uncollected import uncollected
 from modelcache.events import Reason
 from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
 
 _FETCHED = 1 + Record._fields.index("fetched")  # in a row
+_LAST = 3  # in what was asked for
+_MANY = 1000  # rows at once
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
 
 
@@ -76,20 +80,22 @@ class Index:
                 for name in [name for name in self.items if name not in listed]:
                     self.forget(self.items[name])
             rows.sort(key=itemgetter(_FETCHED))  # so that a policy finds the order of their coming
-        self._admit(self._take_in(rows, me), *asked)
+        with uncollected() if len(rows) > _MANY else contextlib.nullcontext():
+            self._admit(self._take_in(rows, me), *asked)
         if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
             self._epoch, self._seq = epoch, seq
 
-    def _take_in(self, rows: Iterable[Row], me: str) -> list[Item]:
-        """Take in what has changed, and return the new items that are served; there may be very many."""
-        now, new = time.time(), list[Item]()
-        sources, singles = {self._source: self._source}, dict[str | None, str | None]()
+    def _take_in(self, rows: Iterable[Row], me: str) -> Mapping[str, Item]:
+        """Take in what has changed, perhaps very much; return the new items that are served, by the policy's names."""
+        now, gone, present, mine, models = time.time(), int(State.GONE), int(State.PRESENT), self._source, self.models
+        first, new = not self.items, list[Item]()
+        sources, singles = {mine: mine}, dict[str | None, str | None]()
         for (
-            name, model, source, version, single, size, fetched, seconds, taken, digest, state, _, last, uses, by
+            name, model, source, version, single, size, fetched, seconds, taken, digest, last, state, _, uses, by
         ) in rows:  # fmt: skip
             used = min(last, now)  # a time in the future is taken as now
             item = self.items.get(name)
-            if state == State.GONE:
+            if state == gone:
                 if item is not None:
                     self.forget(item)
             elif item is not None:
@@ -116,11 +122,13 @@ class Index:
                 )
                 self._bytes += taken
                 new.append(item)
-                if state == State.PRESENT and source == self._source and model not in self.models:
-                    self.models[model] = item
+                if state == present and source == mine and model not in models:
+                    models[model] = item
                 else:
                     self._place(item)
-        return [item for item in new if self._serves(item)]
+        if first and len(new) == len(models):  # as nearly always: they are the same
+            return models
+        return {self._named(item): item for item in new if self._serves(item)}
 
     def _named(self, item: Item) -> str:
         """Return what the policy calls the model of an item."""
@@ -130,29 +138,32 @@ class Index:
         """Whether an item is what is served for its model, here or by caches of its source."""
         return (self.models if item.source == self._source else self._others).get(self._named(item)) is item
 
-    def _admit(self, new: list[Item], clock: int, asked: list[Asked]) -> None:
+    def _admit(self, new: Mapping[str, Item], clock: int, asked: list[Asked]) -> None:
         """Tell the policy of what is served, and of requests by any process.
 
         Of what nobody is known to have asked for, the order of the last use is kept.
         """
         before, self._clock = self._clock, max(self._clock, clock)
         if not isinstance(self._policy, Worth):  # which know nothing of models that are not here
-            for item in new:
+            for item in new.values():
                 self._policy.admitted(self._resident(item))
-            recall_order(self._policy, [self._named(item) for item in sorted(new, key=attrgetter("used"))])
+            recall_order(self._policy, sorted(new, key=lambda name: new[name].used))
             return
-        known = {each.model: each for each in asked}
-        unknown = sorted((item for item in new if self._named(item) not in known), key=attrgetter("used"))
-        ranked = enumerate(unknown, before + 1 - len(unknown))
-        found = ((item, known.pop(self._named(item), None)) for item in new)
+        known = {each[0]: each for each in asked}
+        unknown = sorted((name for name in new if name not in known), key=lambda name: new[name].used)
+        ranked = zip(unknown, range(before + 1 - len(unknown), before + 1), strict=True)
         self._policy.restore(
-            ((self._named(item), item.bytes, item.fetch_seconds, 1, at, at) for at, item in ranked), self._clock
+            ((name, new[name].bytes, new[name].fetch_seconds, 1, at, at) for name, at in ranked), self._clock
         )
         self._policy.restore(
-            ((one.model, item.bytes, item.fetch_seconds, *one[1:]) for item, one in found if one is not None),
+            (
+                (name, item.bytes, item.fetch_seconds, *known.pop(name)[1:])
+                for name, item in new.items()
+                if name in known
+            ),
             self._clock,
         )
-        self._policy.recall_all(known.values(), self._clock)
+        self._policy.recall_all(sorted(known.values(), key=itemgetter(_LAST)), self._clock)
 
     def _resident(self, item: Item) -> Resident:
         return Resident(self._named(item), item.bytes, item.fetch_seconds)

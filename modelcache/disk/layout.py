@@ -16,9 +16,12 @@ these is ``disk.store``; which of them may stay is ``disk.tier``.
 """
 
 import hashlib
+import itertools
 import json
 import re
+from operator import itemgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 FORMAT = 2
@@ -33,6 +36,8 @@ BLOCK = 4096
 _PUBLISHED = re.compile(r"[a-z0-9._]{1,40}-[0-9a-f]{32}\.[0-9a-f]{8}")
 _DIGITS = 20  # room for any number of bytes
 _UNREADABLE = re.compile(r"[^a-z0-9._]+")
+_FAR = 2.0**63  # no number of ours comes there, nor can the ledger keep it
+_decode = json.JSONDecoder().raw_decode  # half the time of json.loads
 
 
 class Record(NamedTuple):
@@ -69,33 +74,37 @@ class Record(NamedTuple):
     def from_json(cls, text: str) -> "Record | None":
         """Return the record in ``text``; None where it is damaged, or of another format."""
         try:
-            fields: dict[str, Any] = json.loads(text)
-            if fields.pop("format") != FORMAT:
+            fields: dict[str, Any]
+            fields, end = _decode(text)
+            if fields.pop("format") != FORMAT or text[end:].strip():
                 return None
-            record = cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            record = cls._make(_values(fields)) if len(fields) == len(cls._fields) else cls(**fields)
+            if "\\u" in text:
+                "".join(map(str, record)).encode()  # a lone surrogate raises ValueError: the ledger could not keep it
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        return record if _well_typed(record) else None
+        return record if _sound(record) else None
 
     def path(self, folder: Path) -> Path:
         """Return what the loader gets, for a record that lies in ``folder``."""
         return folder / ARTIFACT if self.single is None else folder / ARTIFACT / self.single
 
 
-def _well_typed(record: tuple[Any, ...]) -> bool:  # with one look at each: there may be very many
-    model, source, version, single, size, fetched, seconds, allocated, digest = record
-    if not (
-        isinstance(model, str)
-        and isinstance(source, str)
-        and isinstance(version, str)
-        and isinstance(digest, str)
-        and isinstance(size, int | float)
-        and isinstance(fetched, int | float)
-        and isinstance(seconds, int | float)
-        and isinstance(allocated, int | float)
-    ):
+_values = itemgetter(*Record._fields)
+_TYPES = {
+    (str, str, str, single, *numbers, str)
+    for single in (str, NoneType)
+    for numbers in itertools.product((int, float), repeat=4)
+}
+
+
+def _sound(record: Record) -> bool:  # with few looks: there may be very many
+    if (*map(type, record),) not in _TYPES:
         return False
-    return single is None or (isinstance(single, str) and "/" not in single and single not in {".", ".."})
+    _, _, _, single, size, fetched, seconds, allocated, _ = record
+    if not (0 <= size < _FAR and -_FAR < fetched < _FAR and -_FAR < seconds < _FAR and 0 <= allocated < _FAR):
+        return False
+    return single is None or ("/" not in single and single not in {".", ".."})
 
 
 def folder_prefix(source: str, model: str) -> str:

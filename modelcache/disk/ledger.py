@@ -200,24 +200,25 @@ class Ledger:
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         if not path.exists() or path.stat().st_size == 0:
-            _unlink(f"{path}-wal", f"{path}-shm")
+            _unlink(f"{path}-wal", f"{path}-shm", f"{path}-journal")
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, self._mode))
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version not in {0, VERSION}:
+            raise _OfAnotherVersion(f"version {version}, not {VERSION}")
+        if version == 0:  # before there is a log, into which all would be written as well
+            connection.execute("BEGIN IMMEDIATE")
+            create(connection)
+            self._fill(Book(connection))
+            connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")  # after a power cut the folders tell what is missing
         connection.execute(f"PRAGMA wal_autocheckpoint = {_FRAMES}")
         connection.execute(f"PRAGMA journal_size_limit = {_FRAMES * 4096}")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == VERSION:
-            return
-        if version != 0:
-            raise _OfAnotherVersion(f"version {version}, not {VERSION}")
-        connection.execute("BEGIN IMMEDIATE")
-        create(connection)
-        self._fill(Book(connection))
-        connection.execute("COMMIT")
+        if version == 0:  # last, so that it counts only once its log can be written
+            connection.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextlib.contextmanager
     def _entrance(self, path: Path) -> Iterator[None]:
@@ -244,7 +245,9 @@ class Ledger:
             try:
                 with self._entrance(path):
                     if _identity(path) == seen:
-                        _unlink(str(path), f"{path}-wal", f"{path}-shm")  # in this order: see _create
+                        _unlink(
+                            str(path), f"{path}-wal", f"{path}-shm", f"{path}-journal"
+                        )  # the file first: see _create
             except _Occupied:
                 return False
         return True

@@ -6,6 +6,7 @@ What is made of it is ``disk.store``.
 import errno
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from modelcache.disk.files import read_text
@@ -28,16 +29,29 @@ class Published(NamedTuple):
     used: float
 
 
-def read_record(models: str, name: str) -> Published | None:
-    """Return a published folder, by its record alone; None where it is gone, damaged or not ours to trust.
+def read_records(models: str, names: Iterable[str]) -> Iterator[Published]:
+    """Yield published folders, by their records alone; what is gone, damaged or not ours to trust is passed over.
 
     Raises:
         OSError: this process has no descriptor or memory left to look.
     """
-    folder = f"{models}/{name}"  # a Path would take longer than the system does
     try:
-        status = os.lstat(folder)
-        record = Record.from_json(read_text(f"{folder}/{RECORD}"))
+        at = os.open(models, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # so the system need not find it for each
+    except OSError as error:
+        raise_short(error)
+        return
+    try:
+        for name in names:
+            if (found := _read_record(name, name, at)) is not None:
+                yield found
+    finally:
+        os.close(at)
+
+
+def _read_record(folder: str, name: str, at: int | None) -> Published | None:
+    try:
+        status = os.stat(folder, dir_fd=at, follow_symlinks=False)
+        record = Record.from_json(read_text(f"{folder}/{RECORD}", at))
     except (OSError, UnicodeDecodeError) as error:
         raise_short(error)
         return None
@@ -45,12 +59,17 @@ def read_record(models: str, name: str) -> Published | None:
 
 
 def read_whole(models: str, name: str) -> Published | None:
-    """Return a published folder whose artifact is there; else as ``read_record``."""
-    found = read_record(models, name)
+    """Return a published folder whose artifact is there; None where it is gone, damaged or not ours to trust.
+
+    Raises:
+        OSError: this process has no descriptor or memory left to look.
+    """
+    folder = f"{models}/{name}"  # a Path would take longer than the system does
+    found = _read_record(folder, name, None)
     if found is None:
         return None
     single = found.record.single
-    there = os.path.lexists(f"{models}/{name}/{ARTIFACT}" + (f"/{single}" if single is not None else ""))
+    there = os.path.lexists(f"{folder}/{ARTIFACT}" + (f"/{single}" if single is not None else ""))
     return found if there else None
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modelcache.disk import figures
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book, Made
 from modelcache.disk.digests import digest_of
 from modelcache.disk.files import allocated, make_folder, move_aside, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
@@ -37,7 +37,7 @@ from modelcache.disk.opening import (
     warn,
 )
 from modelcache.disk.pins import Pin, Pins
-from modelcache.disk.published import Published, raise_short, read_record, read_whole
+from modelcache.disk.published import Published, raise_short, read_records, read_whole
 from modelcache.disk.workshop import Workshop
 from modelcache.errors import AccessDenied, ConfigError
 
@@ -62,6 +62,8 @@ class Store:
         self.path = path
         self.mode = mode
         self.writable = True
+        self.made: Made | None = None  # until somebody has learned it
+        self._listed: list[str] | None = None  # what that was made from, until somebody asks for it
         self._seen = 0  # when the folder had last changed before it was listed, in nanoseconds; 0: not to be relied on
         self._models = path / "models"
         self._workshop = Workshop(path / "tmp", mode)
@@ -173,17 +175,20 @@ class Store:
         with contextlib.suppress(OSError):
             (self._models / name).rename(staged)
 
-    def listed(self) -> set[str] | None:
+    def listed(self) -> list[str] | None:
         """Return what there is among the published folders, with what others put beside them.
 
         None where the system can't say now (no descriptor left, an I/O error).
         """
+        known, self._listed = self._listed, None
+        if known is not None and not self.changed():
+            return known
         try:
             before = os.stat(self._models).st_mtime_ns  # noqa: PTH116 - no Paths
             self._seen = before if time.time_ns() - before > _SETTLED else 0
-            return set(os.listdir(self._models))  # noqa: PTH208 - no Paths
+            return os.listdir(self._models)  # noqa: PTH208 - no Paths
         except FileNotFoundError:
-            return set()
+            return []
         except OSError:
             return None
 
@@ -220,10 +225,10 @@ class Store:
 
     def _fill(self, book: Book) -> None:
         """Write what lies in the folders into a new ledger; that an artifact is missing is noticed at its first use."""
-        names = sorted(filter(is_published, self.listed() or ()))  # so the tables grow at their end
-        models = str(self._models)
-        found = (read_record(models, name) for name in names)
-        book.add((at for at in found if at is not None), State.PRESENT, None)
+        listed = self.listed() or []
+        names = sorted(filter(is_published, listed))  # so the tables grow at their end
+        self.made = book.fill(read_records(str(self._models), names))
+        self._listed = listed
 
     def exists(self, name: str) -> bool:
         """Whether there is anything of that name among the published folders."""

@@ -36,9 +36,10 @@ def reconcile(store: Store, known: Mapping[str, Item]) -> bool:
     listed = store.listed()
     if listed is None:
         return False
-    found = {name: store.read(name) for name in listed - known.keys() if is_published(name)}
-    lost = [name for name in known.keys() - listed if known[name].state in {State.PRESENT, State.DOOMED}]
-    lost = [name for name in lost if not store.exists(name)]
+    strange = [name for name in listed if name not in known]
+    found = {name: store.read(name) for name in strange if is_published(name)}
+    absent = set(known).difference(listed) if len(listed) - len(strange) < len(known) else set[str]()
+    lost = [name for name in absent if known[name].state in {State.PRESENT, State.DOOMED} and not store.exists(name)]
     fresh = [at for at in found.values() if at is not None]
     if fresh or lost:
         with contextlib.suppress(TimeoutError):

@@ -86,9 +86,10 @@ class DiskTier:
         self._store = store = Store(path, self._mode)
         try:
             with told(path):
-                store.ledger.look(lambda _: None, patience(OPENING))
-                sweep(store)
-                store.ledger.close()  # until it has a cache, nobody closes it before a fork
+                if store.writable:  # else there is only one in memory, made once it is asked
+                    store.ledger.look(lambda _: None, patience(OPENING))
+                    sweep(store)
+                    store.ledger.close()  # until it has a cache, nobody closes it before a fork
         except BaseException:
             store.close()
             raise

@@ -1,6 +1,7 @@
 """The disk tier through a cache: its budget, its order, its folder, and what it finds again after a restart."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from modelcache import (
     TooLarge,
 )
 from modelcache.disk.sweeping import sweep
-from modelcache.policies import Standing, Worth
+from modelcache.policies import Resident, Standing, Worth
+from modelcache.policies.ranked import LeastRecent
 from tests.support.fakes import Book, DictSource, MakeCache, allocated, tar
 from tests.support.waiting import WAIT, Spawn, eventually
 
@@ -419,6 +421,40 @@ def test_restart_finds_every_model(make_cache: MakeCache, source: DictSource) ->
     assert [event for event in cache.history() if isinstance(event, Fetched)] == []
 
 
+class Watching(LeastRecent):
+    """LRU that notes whether cyclic garbage could be collected as it was told of models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collecting: list[bool] = []
+
+    def admitted(self, resident: Resident) -> None:
+        """Look."""
+        self.collecting.append(gc.isenabled())
+        super().admitted(resident)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_restart_with_many_models_collects_no_garbage(make_cache: MakeCache, tmp_path: Path, enabled: bool) -> None:
+    """While a start takes in more than a thousand models nothing is collected; then it is as it was before."""
+    with make_cache() as cache:
+        bring(cache, "a")
+    first = published(tmp_path / "disk")
+    for number in range(1001):
+        folder = first.with_name(f"{first.name[:-8]}{number:08x}")
+        shutil.copytree(first, folder)
+        rewrite(model=f"m{number}")(folder)
+    policy = Watching()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        cache = make_cache(disk={"policy": policy})
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert len(on_disk(cache)) == 1002
+    assert policy.collecting == [enabled, *[False] * 1001]  # the ledger knew of the first alone
+
+
 def test_restart_keeps_recency(make_cache: MakeCache, source: DictSource) -> None:
     """The order of last use survives a restart: the coldest goes first."""
     with make_cache(source) as first:
@@ -637,6 +673,16 @@ def published(disk: Path) -> Path:
     return folder
 
 
+def rewrite(**fields: object) -> Callable[[Path], object]:
+    """Return what gives a record other fields."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "record.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return damage
+
+
 DAMAGES = {
     "empty record": lambda folder: (folder / "record.json").write_text(""),
     "no JSON": lambda folder: (folder / "record.json").write_text("{"),
@@ -644,23 +690,31 @@ DAMAGES = {
     "no UTF-8": lambda folder: (folder / "record.json").write_bytes(b"\xff\xfe"),
     "no record": lambda folder: (folder / "record.json").unlink(),
     "no artifact": lambda folder: shutil.rmtree(folder / "artifact"),
-    "a number for an id": lambda folder: (folder / "record.json").write_text(
-        (folder / "record.json").read_text().replace('"model": "a"', '"model": 7')
+    "a deep nest": lambda folder: (folder / "record.json").write_text("[" * 100_000),
+    "more than a record": lambda folder: (folder / "record.json").write_text(
+        (folder / "record.json").read_text() + "{}"
     ),
-    "another format": lambda folder: (folder / "record.json").write_text(
-        (folder / "record.json").read_text().replace('"format": 2', '"format": 0')
-    ),
+    "a number for an id": rewrite(model=7),
+    "half a character": rewrite(version="\ud83d"),
+    "no number": rewrite(fetch_seconds=float("nan")),
+    "a number beyond the ledger's": rewrite(size=2**63),
+    "bytes below none": rewrite(bytes=-1),
+    "a strange field": rewrite(color="red"),
+    "another format": rewrite(format=0),
 }
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["known", "ledger lost"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damaged_record_is_fetched_again(
-    make_cache: MakeCache, source: DictSource, tmp_path: Path, damage: Any
+    make_cache: MakeCache, source: DictSource, tmp_path: Path, damage: Any, lost: bool
 ) -> None:
     """An artifact whose record is damaged is fetched again; the damaged one takes no uncounted room."""
     with make_cache(source) as cache:
         bring(cache, "a")
     damage(published(tmp_path / "disk"))
+    for path in (tmp_path / "disk").glob("ledger*") if lost else ():
+        path.unlink()
     cache = make_cache(source)
     assert cache.get("a").model == "a"
     assert source.opens == ["a", "a"]

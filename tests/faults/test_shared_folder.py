@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from modelcache import ConfigError, DiskTier, SourceUnavailable
+from modelcache import ConfigError, DiskTier, MemoryTier, ModelCache, SourceUnavailable
 from modelcache.disk import pins
 from modelcache.disk.book import Book, State
 from modelcache.disk.store import Store
@@ -21,7 +22,7 @@ from modelcache.disk.sweeping import sweep
 from modelcache.policies import Standing, Worth
 from tests.support.children import finish, run, start
 from tests.support.fakes import DictSource
-from tests.support.racing import Call, Gate, allocated, small_cache
+from tests.support.racing import Call, Gate, allocated, load_model, small_cache
 
 # A process that brings one model in; the source stops at each read until it is let go by a line on its standard input.
 FETCHES = """
@@ -185,7 +186,7 @@ def test_f024_liveness_is_no_process_id(tmp_path: Path) -> None:
         assert [row.model for row in cache.models()] == ["a"]
 
 
-@pytest.mark.parametrize("damage", ["lost", "empty", "noise", "cut", "other version", "log lost"])
+@pytest.mark.parametrize("damage", ["lost", "empty", "noise", "cut", "other version", "no version", "log lost"])
 def test_f038_ledger_is_made_anew(tmp_path: Path, damage: str) -> None:
     """F038: a ledger that is damaged, lost or of another version is made anew from the folders, recency included."""
     source = DictSource().add("a", "b", "c")
@@ -215,12 +216,60 @@ def spoil(ledger: Path, damage: str) -> None:
         ledger.write_bytes(os.urandom(20_000))
     elif damage == "cut":
         os.truncate(ledger, ledger.stat().st_size // 2)
+    elif damage == "no version":  # its maker was killed after it had written all but that
+        with contextlib.closing(sqlite3.connect(ledger)) as connection:
+            connection.execute("PRAGMA user_version = 0")
     elif damage == "other version":
         with contextlib.closing(sqlite3.connect(ledger)) as connection:
             connection.execute("DROP TABLE artifacts")
             connection.execute("PRAGMA user_version = 99")
     else:
         ledger.with_name("ledger.sqlite3-wal").write_bytes(os.urandom(5000))
+
+
+def test_f038_killed_while_the_ledger_is_made_anew(tmp_path: Path) -> None:
+    """F038: a process that is killed after half of the ledger is written leaves nothing of it: the next begins anew."""
+    script = """
+    import modelcache.disk.book as module
+    module.Made = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    DiskTier(sys.argv[1])
+    """
+    names = [f"m{number}" for number in range(30)]
+    with small_cache(tmp_path, DictSource().add(*names)) as cache:
+        cache.prefetch(names, tier="disk").wait(10)
+    for path in (tmp_path / "disk" / "models").glob("*/record.json"):  # so much that SQLite writes before the end
+        path.write_text(json.dumps({**json.loads(path.read_text()), "version": "v" * 200_000}))
+    ledger = tmp_path / "disk" / "ledger.sqlite3"
+    spoil(ledger, "lost")
+    run(script, tmp_path / "disk", code=-signal.SIGKILL)
+    assert ledger.stat().st_size > 0
+    with small_cache(tmp_path, DictSource()) as cache:
+        assert [row.model for row in cache.models()] == sorted(names)
+    with contextlib.closing(sqlite3.connect(ledger)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_f038_change_between_a_new_ledger_and_its_first_reader(tmp_path: Path, by_hand: bool) -> None:
+    """F038: what others change after a tier has made the ledger anew is known to the cache that it gets."""
+    source = DictSource().add("a", "b", "d")
+    with small_cache(tmp_path, source) as cache:
+        cache.prefetch(["a", "b", "d"], tier="disk").wait(10)
+    models = tmp_path / "disk" / "models"
+    spoil(tmp_path / "disk" / "ledger.sqlite3", "lost")
+    os.utime(models, (1e9, 1e9))  # so that a change has a time of its own
+    tier = DiskTier(tmp_path / "disk", min_free=0)
+    if by_hand:
+        for name in "ad":
+            shutil.rmtree(next(models.glob(f"{name}-*")))
+    else:
+        with small_cache(tmp_path, source) as cache:
+            assert cache.delete("a")
+            assert cache.delete("d")
+    with ModelCache(source, load_model, disk=tier, memory=MemoryTier("1 GiB")) as cache:
+        assert [row.model for row in cache.models()] == ["b"]
+        assert cache.stats().disk_used == allocated(tmp_path / "disk")
 
 
 def test_f038_ledger_lost_under_running_caches(tmp_path: Path) -> None:

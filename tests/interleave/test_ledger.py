@@ -385,7 +385,7 @@ print("lived")
         *("Store stage 0", "Store stage 0.5", "Store seal 0", "Store seal 0.5", "Book add 0", "Book add 0.5"),
         *("Store publish 0", "module sync 2", "Store publish 0.5", "Store pin 0", "Book add 1", "Book add 1.5"),
         *("Book mark 0", "Book mark 0.5", "Store remove 0", "Store remove 0.5", "Store discard 0", "Store discard 0.5"),
-        *("Book gone 0", "Book gone 0.5", "Lost add 0", "Lost add 0.5", "Ledger _prepare 0", "Ledger _prepare 0.5"),
+        *("Book gone 0", "Book gone 0.5", "Lost fill 0", "Lost fill 0.5", "Ledger _prepare 0", "Ledger _prepare 0.5"),
     ],
 )
 def test_killed_at_each_step(tmp_path: Path, forks: Warm, step: str) -> None:

@@ -4,7 +4,6 @@ Every method runs under the cache's guard and does nothing but decide; ``disk.sh
 moment they are reserved until their files are gone. What other processes have done is told by the ledger.
 """
 
-import contextlib
 import time
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
@@ -20,7 +19,6 @@ from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
 
 _FETCHED = 1 + Record._fields.index("fetched")  # in a row
 _LAST = 3  # in what was asked for
-_MANY = 1000  # rows at once
 _TOLD = 64  # uses of one model by another process, since the last look, that a policy is told of
 
 
@@ -80,7 +78,7 @@ class Index:
                 for name in [name for name in self.items if name not in listed]:
                     self.forget(self.items[name])
             rows.sort(key=itemgetter(_FETCHED))  # so that a policy finds the order of their coming
-        with uncollected() if len(rows) > _MANY else contextlib.nullcontext():
+        with uncollected(len(rows)):
             self._admit(self._take_in(rows, me), *asked)
         if whole or epoch == self._epoch:  # else it was doubted since the rows were asked for
             self._epoch, self._seq = epoch, seq

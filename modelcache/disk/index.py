@@ -276,8 +276,6 @@ class Index:
     def choose(self, missing: int, spared: Collection[str] = ()) -> list[Item]:
         """Choose just enough to go, none ``spared``: what is no model's present artifact first, then by the policy."""
         chosen: list[Item] = []
-        if missing <= 0:
-            return chosen
         for item in sorted(filter(_idle, self._old.values()), key=attrgetter("used")):
             if missing <= 0:
                 return chosen

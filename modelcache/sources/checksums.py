@@ -6,6 +6,7 @@ of an upload's parts) can be compared once the size of the parts is known; ``s3`
 
 import base64
 import binascii
+import functools
 import hashlib
 import re
 import zlib
@@ -99,15 +100,21 @@ def _digest(name: str) -> _Digest | None:
     if algorithm == "crc32":
         return _Crc(zlib.crc32, 4)
     if algorithm in ("crc32c", "crc64nvme"):
-        try:
-            from awscrt import checksums as crt  # noqa: PLC0415 - an extra, and only these two need it
-        except ImportError:
-            return None
-        function: Callable[[Bytes, int], int] | None = getattr(crt, algorithm, None)
+        function = _from_crt(algorithm)
         return _Crc(function, _DIGEST_BYTES[algorithm.upper()]) if function else None
     if algorithm in ("md5", "sha1", "sha256", "sha512"):
         return hashlib.new(algorithm, usedforsecurity=False)
     return None
+
+
+@functools.cache  # a module that is not there is looked for in all folders, each time
+def _from_crt(algorithm: str) -> Callable[[Bytes, int], int] | None:
+    try:
+        from awscrt import checksums as crt  # noqa: PLC0415 - an extra, and only these two need it
+    except ImportError:
+        return None
+    function: Callable[[Bytes, int], int] | None = getattr(crt, algorithm, None)
+    return function
 
 
 @attrs.frozen

@@ -5,7 +5,6 @@ when it is asked again, ``s3_parts``.
 """
 
 import contextlib
-import http.client
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -166,16 +165,15 @@ class ClientAnswer:
             self._body.close()
 
 
-def _told(headers: http.client.HTTPMessage) -> dict[str, object]:
+def _told(headers: Mapping[str, str]) -> dict[str, object]:
     told: dict[str, object] = {}
-    for name, value in headers.raw_items():
-        low = name.lower()
-        if low in _TOLD:
-            told[_TOLD[low]] = value
-        elif low == "content-length" and value.isdecimal():
+    for name, value in headers.items():
+        if name in _TOLD:
+            told[_TOLD[name]] = value
+        elif name == "content-length" and value.isdecimal():
             told["ContentLength"] = int(value)
-        elif low.startswith(_CHECKSUM):
-            told[f"Checksum{low.removeprefix(_CHECKSUM).upper()}"] = value
+        elif name.startswith(_CHECKSUM):
+            told[f"Checksum{name.removeprefix(_CHECKSUM).upper()}"] = value
     return told
 
 
@@ -190,7 +188,7 @@ def _refusal(answer: WireAnswer) -> Exception:
     with contextlib.closing(answer):
         while size < len(body) and (got := answer.readinto(view[size:])):
             size += got
-    headers = HeadersDict(dict(answer.headers.items()))
+    headers = HeadersDict(answer.headers)
     response = {"status_code": answer.status, "headers": headers, "body": bytes(body[:size])}
     error: Exception = ClientError(create_parser("rest-xml").parse(response, None), "GetObject")
     return error

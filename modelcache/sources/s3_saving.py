@@ -199,15 +199,8 @@ class _Work:
 
     def _written(self, file: _File, number: int, buffer: memoryview) -> None:
         """Note that a part is written; check what can be checked now; after the last one close the file."""
-        with self._changed:
-            file.done.add(number)
-        for span in self._in_order(file):
-            if len(file.spans) > 1 and file.digests is not None and file.digests.any:
-                _read_back(file, span, file.digests, buffer)
-        with self._changed:
-            last = file.checked == len(file.spans) and file in self._open
-            if not last:
-                return
+        if len(file.spans) > 1 and not self._is_last(file, number, buffer):
+            return
         problem = file.digests.problem() if file.digests is not None else None
         if problem:
             raise corrupt(file.place, file.file, problem)
@@ -217,6 +210,16 @@ class _Work:
             self._open.discard(file)
             if len(self._open) <= self._wanted:
                 self._changed.notify_all()
+
+    def _is_last(self, file: _File, number: int, buffer: memoryview) -> bool:
+        """Note that a part of several is written; check what can be checked now; whether that was all there is."""
+        with self._changed:
+            file.done.add(number)
+        for span in self._in_order(file):
+            if file.digests is not None and file.digests.any:
+                _read_back(file, span, file.digests, buffer)
+        with self._changed:
+            return file.checked == len(file.spans) and file in self._open
 
     def _in_order(self, file: _File) -> Iterator[Span]:
         """Yield the parts that follow those checked, as far as they are written and nobody else is at it."""

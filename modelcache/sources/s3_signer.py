@@ -17,6 +17,20 @@ class _Get(AWSRequest):  # type: ignore[misc] # untyped
     body = None
 
 
+class _Headers(dict[str, str]):
+    """Headers of different names, with what the signer asks of botocore's own kind, which is that of e-mail."""
+
+    def get_all(self, name: str) -> list[str]:
+        return [self[name]]
+
+
+class _Auth(S3SigV4Auth):  # type: ignore[misc] # untyped
+    """A signer that signs all headers there are."""
+
+    def headers_to_sign(self, request: AWSRequest) -> _Headers:
+        return _Headers((name.lower(), value) for name, value in request.headers.items())
+
+
 @attrs.frozen
 class Signer:
     """Signs for one region.
@@ -37,11 +51,12 @@ class Signer:
 
         Args:
             url: the whole.
-            headers: with ``Host``: without it the signer parses the URL for it, twice, a third of its time.
+            headers: all that are to be signed, ``Host`` among them; no name twice, in whichever case.
 
         Raises:
             botocore.exceptions.BotoCoreError: the credentials could not be refreshed.
         """
-        request = _Get("GET", url, headers=headers)
-        S3SigV4Auth(self.credentials.get_frozen_credentials(), self.service, self.region).add_auth(request)
-        return dict(request.headers.raw_items())
+        request = _Get("GET", url)
+        request.headers = _Headers(headers)
+        _Auth(self.credentials.get_frozen_credentials(), self.service, self.region).add_auth(request)
+        return dict(request.headers)

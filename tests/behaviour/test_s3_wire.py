@@ -1,8 +1,12 @@
 """S3Source's own connections: they keep to the client's settings, and are not used where they would lose some."""
 
+import contextlib
 import gc
+import json
+import socket
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.stub import Stubber
 
-from modelcache.errors import SourceUnavailable
+from modelcache.errors import ArtifactChanged, SourceUnavailable
 from modelcache.sources import s3_signing
+from modelcache.sources.base import Artifact, RemoteFile
 from modelcache.sources.s3 import S3Source
 from modelcache.sources.s3_client import Clients
 from modelcache.sources.s3_means import Means
@@ -73,6 +78,106 @@ def test_connections_are_kept(bucket: Bucket, fault_proxy: FaultProxy) -> None:
     assert content(source, artifact, artifact.files[0]) == BODY
     assert content(source, artifact, artifact.files[0]) == BODY
     assert len(fault_proxy.reads()) == 5
+
+
+@contextlib.contextmanager
+def _answering(answer: bytes) -> Iterator[tuple[S3Source, list[bool]]]:
+    """Give a source that gets this answer to each request, and the requests: whether each was a connection's first."""
+    asked: list[bool] = []
+
+    def answer_all(connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as came, contextlib.suppress(ConnectionError):
+            first = True
+            while came.readline():
+                while came.readline() != b"\r\n":
+                    pass
+                asked.append(first)
+                first = False
+                connection.sendall(answer)
+                if b"close" in answer or b"HTTP/1.0" in answer:
+                    return
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # closed by who made it
+            while True:
+                threading.Thread(target=answer_all, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        session = boto3.session.Session("access", "secret", region_name="us-east-1")
+        config = Config(s3={"addressing_style": "path"})
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        source = S3Source("s3://models", session=session, endpoint_url=endpoint, config=config)
+        source._patience = Patience(wait=lambda stop, seconds: False)
+        yield source, asked
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def _artifact(body: bytes, etag: str = '"1"') -> Artifact:
+    return Artifact("m", etag, (RemoteFile("m.bin", len(body), etag, json.dumps(["m.bin", None])),))
+
+
+_LENGTH = b"Content-Length: 5\r\n"
+_CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "kept"),
+    [
+        (b"HTTP/1.1 200 OK\r\n" + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 200 \r\nX-Amz-Meta-A:\r\nconnection:  Keep-Alive \r\ncontent-length:5 \r\n", b"12345", True),
+        (b"HTTP/1.1 200\r\n" + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n" + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 200 OK\r\nX-Amz-Meta-A: " + 9000 * b"a" + b"\r\n" + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 200 OK\r\nX-Amz-Meta-A: a\r\n Content-Length: 4\r\n" + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 200 OK\r\n" + _LENGTH + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 200 OK\r\n" + _CHUNKED, b"2\r\n12\r\n3\r\n345\r\n0\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\n" + _CHUNKED + _LENGTH, b"5\r\n12345\r\n0\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + _LENGTH, b"12345", False),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n", b"12345", False),
+        (b"HTTP/1.0 200 OK\r\n" + _LENGTH, b"12345", False),
+    ],
+    ids=[
+        "plain",
+        "spaces",
+        "bare",
+        "continue",
+        "long",
+        "folded",
+        "twice",
+        "chunked",
+        "both",
+        "close",
+        "no length",
+        "1.0",
+    ],
+)
+def test_heads(head: bytes, body: bytes, kept: bool) -> None:
+    """A head is understood in whichever way a server may write it, and the connection used again where it may be."""
+    with _answering(head + b'ETag: "1"\r\n\r\n' + body) as (source, asked):
+        artifact = _artifact(b"12345")
+        assert content(source, artifact, artifact.files[0]) == b"12345"
+        assert content(source, artifact, artifact.files[0]) == b"12345"
+        assert asked == [True, not kept]
+
+
+@pytest.mark.parametrize("etag", ['"2"', 'W/"2"'])
+def test_head_of_another_version(etag: str) -> None:
+    """The ETag of a plain head is looked at."""
+    with _answering(f"HTTP/1.1 200 OK\r\neTAG: {etag}\r\nContent-Length: 5\r\n\r\n12345".encode()) as (source, asked):
+        artifact = _artifact(b"12345")
+        with pytest.raises(ArtifactChanged):
+            content(source, artifact, artifact.files[0])
+        assert asked == [True]
+
+
+def test_no_header_in_a_header() -> None:
+    """An ETag with a line break, as a listing may have one, is sent to nobody."""
+    with _answering(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12345") as (source, asked):
+        artifact = _artifact(b"12345", '"1"\r\nX-A: 1')
+        with pytest.raises(ValueError, match="line break"):
+            content(source, artifact, artifact.files[0])
+        assert not asked
 
 
 def test_connections_end_with_the_source(bucket: Bucket) -> None:

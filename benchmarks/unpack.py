@@ -204,11 +204,11 @@ def modules() -> dict[str, Any]:
     """Return the zlib modules that are there: standard, the extra's, and another for comparison."""
     found: dict[str, Any] = {"zlib": zlib}
     with contextlib.suppress(ImportError):
-        from zlib_ng import zlib_ng  # noqa: PLC0415 - an extra
+        from zlib_ng import zlib_ng  # noqa: PLC0415 - a peer
 
         found["zlib-ng"] = zlib_ng
     with contextlib.suppress(ImportError):
-        from isal import isal_zlib  # noqa: PLC0415 - a peer
+        from isal import isal_zlib  # noqa: PLC0415 - an extra
 
         found["isal"] = isal_zlib
     return found
@@ -236,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = weights(options.size)
     data = packed(files)
     zlibs = modules()
-    used = {name: module for name, module in zlibs.items() if name != "isal"}
-    fastest = zlibs.get("zlib-ng", zlib)
+    used = {name: module for name, module in zlibs.items() if name != "zlib-ng"}
+    fastest = zlibs.get("isal", zlib)
     gzipped, zipped, zstandard = data["tar.gz"], data["zip"], data["tar.zst"]
     works: dict[str, dict[str, Callable[[Path], None]]] = {"tar.gz": {}, "zip": {}, "tar.zst": {}}
     for name, module in zlibs.items():

@@ -11,7 +11,7 @@ import pytest
 
 import modelcache
 
-HEAVY = ("awscrt", "backports", "boto3", "botocore", "flask", "s3transfer", "zlib_ng")
+HEAVY = ("awscrt", "backports", "boto3", "botocore", "flask", "s3transfer", "isal")
 """What `import modelcache` leaves to the code that needs it: slow to import, or an extra."""
 MAX_NAMES = 45
 

@@ -56,14 +56,14 @@ def decode_zlib(job: Job) -> Callable[[], None]:
 
 
 def decode_isal(job: Job) -> Callable[[], None]:
-    """Return the same with isal."""
+    """Return the same with isal, which the extra brings."""
     from isal import isal_zlib  # noqa: PLC0415 - the row's own
 
     return _decode_alone(job, isal_zlib.decompressobj)
 
 
 def decode_zlib_ng(job: Job) -> Callable[[], None]:
-    """Return the same with zlib-ng, which the extra brings."""
+    """Return the same with zlib-ng."""
     from zlib_ng import zlib_ng  # noqa: PLC0415 - the row's own
 
     return _decode_alone(job, zlib_ng.decompressobj)

@@ -40,7 +40,7 @@ class _Target:
 _TARGETS = (
     _Target("file", OURS, "boto3 download_file", 1.5),
     _Target("file", OURS, "s5cmd", 1 / _LEVEL),
-    _Target("archive", OURS, "limit: zlib-ng alone", 1 / 1.25),
+    _Target("archive", OURS, "limit: isal alone", 1 / 1.25),
     _Target("archive", STANDARD, "limit: zlib alone", 1 / 1.25),
     _Target("archive", OURS, "boto3 download_file", 2),
     _Target("archive", OURS, "boto3 get_object", 1.6),

@@ -1,10 +1,10 @@
 """The decoders of gzip, deflate and zstd data: bytes in, at most so many bytes out, whatever the ratio.
 
-Covers one gzip member, one zstd frame or one raw deflate stream, and which library does it: zlib-ng where the extra
-``fast`` is installed, else the standard zlib; zstd from the standard library (3.14 and later) or its backport, the
-extra ``zstd``. They give the same bytes and refuse the same input: zlib-ng is zlib's own inflate made faster, while
-ISA-L's is another one and, measured, no faster (``benchmarks.unpack``). Several members after one another are in
-``decode``, zip entries in ``zip``.
+Covers one gzip member, one zstd frame or one raw deflate stream, and which library does it: ISA-L where the extra
+``fast`` is installed, the fastest there is (``benchmarks.unpack``), else the standard zlib; zstd from the standard
+library (3.14 and later) or its backport, the extra ``zstd``. They give the same bytes and refuse the same input; where
+one says that damaged data is damaged, another may want more of it, and say in the end that it is cut off. Several
+members after one another are in ``decode``, zip entries in ``zip``.
 """
 
 import re
@@ -120,12 +120,12 @@ class _Zstd:
 
 
 def zlib_module() -> Any:
-    """Return zlib-ng where it is installed, else the standard library's ``zlib``; both have ``crc32``."""
+    """Return ISA-L's where it is installed, else the standard library's ``zlib``; both have ``crc32``."""
     try:
-        from zlib_ng import zlib_ng  # noqa: PLC0415 - an extra
+        from isal import isal_zlib  # noqa: PLC0415 - an extra
     except ImportError:
         return zlib
-    return zlib_ng
+    return isal_zlib
 
 
 def codec_of(kind: Kind, model: str) -> Codec | None:

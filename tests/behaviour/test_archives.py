@@ -474,7 +474,7 @@ class TestEnds:
         data[1_000_000] ^= 0xFF
         with pytest.raises(ArtifactCorrupt) as caught:
             bench.unpack(bytes(data))
-        assert type(caught.value.__cause__).__name__ in ("error", "EOFError")  # of whichever zlib
+        assert type(caught.value.__cause__).__name__ in ("error", "IsalError", "EOFError")  # of whichever zlib
         assert caught.value.member == "weights"
         assert caught.value.offset is not None
         assert bench.stream.ended

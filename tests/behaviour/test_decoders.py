@@ -88,18 +88,18 @@ class TestDeflateByZlib(Deflate):
     """The standard library's."""
 
 
-@pytest.mark.skipif("zlib-ng" not in MODULES, reason="zlib-ng is not installed")
-class TestGzipByZlibNg(Gzip):
+@pytest.mark.skipif("isal" not in MODULES, reason="isal is not installed")
+class TestGzipByIsal(Gzip):
     """The extra's."""
 
-    module = MODULES.get("zlib-ng")
+    module = MODULES.get("isal")
 
 
-@pytest.mark.skipif("zlib-ng" not in MODULES, reason="zlib-ng is not installed")
-class TestDeflateByZlibNg(Deflate):
+@pytest.mark.skipif("isal" not in MODULES, reason="isal is not installed")
+class TestDeflateByIsal(Deflate):
     """The extra's."""
 
-    module = MODULES.get("zlib-ng")
+    module = MODULES.get("isal")
 
 
 class TestZstd(CodecContract):
@@ -124,9 +124,9 @@ class TestZstd(CodecContract):
 
 
 def test_which_zlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """zlib-ng is used where it is installed, else the standard library's."""
-    assert codecs.zlib_module() is MODULES.get("zlib-ng", zlib)
-    monkeypatch.setitem(sys.modules, "zlib_ng", None)
+    """ISA-L is used where it is installed, else the standard library's."""
+    assert codecs.zlib_module() is MODULES.get("isal", zlib)
+    monkeypatch.setitem(sys.modules, "isal", None)
     assert codecs.zlib_module() is zlib
 
 

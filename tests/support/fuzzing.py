@@ -47,10 +47,10 @@ def decoders() -> dict[str, Any]:
     """Return the zlib modules that are there, by name."""
     found: dict[str, Any] = {"zlib": zlib}
     try:
-        from zlib_ng import zlib_ng  # noqa: PLC0415 - an extra
+        from isal import isal_zlib  # noqa: PLC0415 - an extra
     except ImportError:
         return found
-    return {**found, "zlib-ng": zlib_ng}
+    return {**found, "isal": isal_zlib}
 
 
 def attempt(folder: Path, data: bytes, name: str) -> Outcome:
@@ -99,11 +99,19 @@ def check(folder: Path, made: Input, monkeypatch: pytest.MonkeyPatch) -> Outcome
         finally:
             shutil.rmtree(folder)
     first, *others = outcomes.values()
-    assert all(other == first for other in others), outcomes
+    assert all(_told(other) == _told(first) for other in others), outcomes
     if first.content is not None and (expected := reference(made)) is not None:
         for name, data in expected.items():
             assert first.content.get(name) == data, name
     return first
+
+
+def _told(outcome: Outcome) -> Outcome:
+    """Return an outcome in words that do not depend on when a decoder finds that what it was given makes no sense."""
+    if outcome.error is None:
+        return outcome
+    kind, words, member = outcome.error
+    return Outcome(error=(kind, words.replace("cut off: the gzip data has no end", "damaged gzip data"), member))
 
 
 def check_all(folder: Path, seed: int, numbers: range) -> Iterator[tuple[int, Input, Outcome | Exception]]:

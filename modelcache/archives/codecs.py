@@ -22,6 +22,7 @@ from modelcache.errors import ConfigError
 _GZIP = 31  # wbits: a gzip header, and its CRC and length at the end
 _RAW = -15  # wbits: neither
 _NEVER = re.compile(b"(?!)")
+_GZIP_HEAD = re.compile(rb"(?s)(?!\x1f\x8b.[\x20-\xff])")  # without a reserved flag (RFC 1952, 2.3.1.2)
 
 
 class Engine(Protocol):
@@ -59,6 +60,7 @@ class Codec:
         errors: what it raises at damaged data.
         damage: what that means, for errors.
         magic: what a further member or frame begins with.
+        head: what each begins with that is not damaged, as far as the decoders do not all look at it.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Codec:
     errors: type[Exception]
     damage: str
     magic: re.Pattern[bytes]
+    head: re.Pattern[bytes] = re.compile(b"")
 
 
 class _Inflate:
@@ -142,7 +145,7 @@ def codec_of(kind: Kind, model: str) -> Codec | None:
 def gzip_codec() -> Codec:
     """Return how gzip is undone."""
     module = zlib_module()
-    return Codec("gzip", lambda: _Inflate(module, _GZIP), module.error, "damaged gzip data", GZIP_MAGIC)
+    return Codec("gzip", lambda: _Inflate(module, _GZIP), module.error, "damaged gzip data", GZIP_MAGIC, _GZIP_HEAD)
 
 
 def deflate_codec() -> Codec:

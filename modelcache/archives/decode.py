@@ -177,6 +177,8 @@ class _Undoing:
         if self._started and not self._codec.magic.match(self._data, self._at):
             found = self._data[self._at : self._at + _SHOWN]
             raise _Damage(f"{found!a} follows the end of the {self._codec.name} data")
+        if not self._codec.head.match(self._data, self._at):
+            raise _Damage(self._codec.damage)
         self._started += 1
         if self._started > self._limit and self._started * _SMALL > self._used:
             raise _TooMany(f"more than {self._limit} {self._codec.name} members of less than {_SMALL} bytes")

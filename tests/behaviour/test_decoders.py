@@ -134,6 +134,8 @@ def outcomes(folder: Path) -> dict[str, str]:
     """Return what comes of some archives, good and bad: ``"unpacked"`` or the words of the error."""
     data = gz(tar_of())
     cases = {"cut": data[:-9], "crc": data[:-8] + bytes(8), "tail": data + b"x", "junk": data[:30] * 9}
+    cases |= {f"flag {flag}": data[:3] + bytes([flag]) + data[4:] for flag in (0x20, 0x40, 0x80)}  # of no format yet
+    cases |= {"later flag": data + gz(b"")[:3] + b"\x20" + gz(b"")[4:]}
     cases |= {"whole": data, "zip": zip_of(), "inside": data[:100] + bytes(9) + data[109:]}
     said = {}
     for case, made in cases.items():

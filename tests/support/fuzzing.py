@@ -107,11 +107,8 @@ def check(folder: Path, made: Input, monkeypatch: pytest.MonkeyPatch) -> Outcome
 
 
 def _told(outcome: Outcome) -> Outcome:
-    """Return an outcome in words that do not depend on when a decoder finds that what it was given makes no sense."""
-    if outcome.error is None:
-        return outcome
-    kind, words, member = outcome.error
-    return Outcome(error=(kind, words.replace("cut off: the gzip data has no end", "damaged gzip data"), member))
+    """Return an outcome without what depends on how soon a decoder finds that what it was given makes no sense."""
+    return outcome if outcome.error is None else Outcome(error=(outcome.error[0], "", None))
 
 
 def check_all(folder: Path, seed: int, numbers: range) -> Iterator[tuple[int, Input, Outcome | Exception]]:

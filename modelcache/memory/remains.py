@@ -7,6 +7,7 @@ or a list tells nothing. So its parts are held for a moment while it goes: one t
 import contextlib
 import gc
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -19,6 +20,7 @@ _MOST = 30_000  # references that are followed, some milliseconds; a larger mode
 _STEP = 10  # references that take as long as one more layer does
 _PASSES = 4  # one is enough for a tree; in others an inner part may stand before an outer one that holds it
 _SIZED = (list, tuple, dict, set, frozenset, deque)
+_PLAIN = set(map(id, _SIZED))
 _SHARED = (type, FunctionType, BuiltinFunctionType, ModuleType, Enum, Logger, Pattern)  # others hold them, mostly
 _name_of_type = type.__dict__["__qualname__"].__get__  # a metaclass may have an attribute of that name
 
@@ -50,28 +52,28 @@ def _look(value: object) -> list[Any] | None:
     No code of theirs is run, as isinstance(), len() and hash() may.
     """
     known: dict[int, Any] = {}
-    lengths: dict[int, Callable[[Any], int]] = {}
     found, followed = [value], 0
     while found:
         followed += len(found) + _STEP
         if followed > _MOST:
             return None
-        layer: list[Any] = []
-        ahead = 0
-        for part in filter(gc.is_tracked, found):
-            kind = type(part)
-            if id(part) in known:
-                continue
-            if issubclass(kind, _SHARED):
-                layer.append(_own(part))
-                continue
-            known[id(part)] = part
-            layer.append(part)
-            if id(kind) not in lengths:
-                lengths[id(kind)] = _length(kind)
-            ahead += lengths[id(kind)](part)
+        time.sleep(0)  # a request that waits for the interpreter has it now, not only when all is looked through
+        fresh = {id(part): part for part in filter(gc.is_tracked, found)}
+        for key in known.keys() & fresh.keys():
+            del fresh[key]
+        kinds = {id(kind): kind for kind in map(type, fresh.values())}
+        layer: list[Any] = [*fresh.values()]
+        if kinds.keys() <= _PLAIN:
+            ahead = sum(len(part) for part in layer)
+        else:
+            lengths = {key: _length(kind) for key, kind in kinds.items()}
+            ahead = sum(lengths[id(type(part))](part) for part in layer)
+            shared = {key for key, kind in kinds.items() if issubclass(kind, _SHARED)}
+            own = [_own(fresh.pop(id(part))) for part in layer if id(type(part)) in shared]
+            layer = [*fresh.values(), *own]
         if followed + ahead > _MOST:
             return None
+        known |= fresh
         found = gc.get_referents(*layer)
     return list(reversed(known.values()))
 

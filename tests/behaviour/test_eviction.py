@@ -287,23 +287,29 @@ def test_f012_cycles_give_way_to_the_next(make_cache: MakeCache, kind: str, *, c
     assert cache.stats().evictions == 3
 
 
-def test_f012_loads_larger_than_expected_keep_no_cycles(make_cache: MakeCache) -> None:
-    """F012: looks in vain for garbage of loads, as they took more than expected, delay none for evicted models."""
+def cache_of_rings(make_cache: MakeCache, models: str, kind: str, **settings: Any) -> tuple[Any, Callable[[], int]]:
+    """Return a cache with models in cycles loaded, a GiB of its gauge each while it lives, and how many live."""
     alive: list[Any] = []
 
     def load(path: Path) -> Any:
-        model = Direct()
-        alive.append(weakref.ref(model))
-        return model
+        inner = Direct()
+        alive.append(weakref.ref(inner))
+        return CYCLES[kind](inner)
 
-    cache = make_cache(
-        DictSource().add(*"abcd"),
-        load=load,
-        unload=None,
-        memory={"gauge": FakeGauge(lambda: sum(one() is not None for one in alive) << 30, 8 << 30), "interval": NEVER},
-    )
-    for model in "abcd":
+    def living() -> int:
+        return sum(one() is not None for one in alive)
+
+    gauge = FakeGauge(lambda: living() << 30, 8 << 30)
+    memory = {"gauge": gauge, "interval": NEVER}
+    cache = make_cache(DictSource().add(*models), load=load, unload=None, memory=memory, **settings)
+    for model in models:
         cache.get(model)
+    return cache, living
+
+
+def test_f012_loads_larger_than_expected_keep_no_cycles(make_cache: MakeCache) -> None:
+    """F012: looks in vain for garbage of loads, as they took more than expected, delay none for evicted models."""
+    cache, _ = cache_of_rings(make_cache, "abcd", "direct")
     told: list[Any] = []
     cache.on(Reclaimed, told.append)
     gc.disable()
@@ -319,22 +325,7 @@ def test_f012_cycles_are_found_that_could_not_be_looked_for(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F012: models leave, and cycles in them are collected, though memory was out when the models were looked at."""
-    alive: list[Any] = []
-
-    def load(path: Path) -> Any:
-        inner = Direct()
-        alive.append(weakref.ref(inner))
-        return {"inner": inner}
-
-    cache = make_cache(
-        DictSource().add(*"abcd"),
-        load=load,
-        unload=None,
-        size_of=lambda model, path: 1 << 30,
-        memory={"gauge": FakeGauge(lambda: sum(one() is not None for one in alive) << 30, 8 << 30), "interval": NEVER},
-    )
-    for model in "abcd":
-        cache.get(model)
+    cache, _ = cache_of_rings(make_cache, "abcd", "dict", size_of=lambda model, path: 1 << 30)
     told: list[Any] = []
     cache.on(Reclaimed, told.append)
 
@@ -354,28 +345,13 @@ def test_f012_cycles_are_found_that_could_not_be_looked_for(
 
 def test_f012_no_collection_is_in_vain_that_nothing_tells_of(make_cache: MakeCache) -> None:
     """F012: after a collection for a part of a model, which can't be seen to help, cycles are looked for as before."""
-    alive: list[Any] = []
-
-    def load(path: Path) -> Any:
-        inner = Direct()
-        alive.append(weakref.ref(inner))
-        return {"inner": inner}
-
-    cache = make_cache(
-        DictSource().add(*"abcdef"),
-        load=load,
-        unload=None,
-        size_of=lambda model, path: 1 << 30,
-        memory={"gauge": FakeGauge(lambda: sum(one() is not None for one in alive) << 30, 8 << 30), "interval": NEVER},
-    )
-    for model in "abcdef":
-        cache.get(model)
+    cache, living = cache_of_rings(make_cache, "abcdef", "dict", size_of=lambda model, path: 1 << 30)
     gc.disable()
     try:
         cache.memory.max_models = 5
         for high in (5, 4, 3):
             cache.memory.high = (high << 30) - 1
-            assert sum(one() is not None for one in alive) == cache.stats().models == high - 1
+            assert living() == cache.stats().models == high - 1
     finally:
         gc.enable()
 

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from modelcache.errors import ConfigError, ModelNotFound, SourceUnavailable, UnsafeArtifact
 from modelcache.sources.base import Artifact, RemoteFile, Stream
-from modelcache.sources.checksums import Known, computable, told_by
+from modelcache.sources.checksums import Known, told_by
 from modelcache.sources.keys import Key, KeyRule, ask, check_names, folder_version
 from modelcache.sources.s3_client import OPERATIONS, Clients, Extra
+from modelcache.sources.s3_effort import Effort, Patience, Requests
 from modelcache.sources.s3_errors import Place, answer_of, judge
-from modelcache.sources.s3_get import Getter, Span
+from modelcache.sources.s3_get import Getter
 from modelcache.sources.s3_multipart import with_parts
-from modelcache.sources.s3_parts import Effort, Patience, Requests
 from modelcache.sources.s3_saving import save
 from modelcache.sources.s3_stream import S3Stream
 from modelcache.sources.s3_url import parse_s3_url
-from modelcache.sources.s3_wire import Answer, Grip
 
 if TYPE_CHECKING:
     import boto3.session
@@ -89,15 +88,12 @@ class S3Source:
             raise ConfigError("version= must be a function from model id to VersionId", setting="version")
         self._version = version
         self._patience = Patience()
-        self._asks_checksums = True  # False once the store refused the question; written by any thread
         # Guards no state: taken once, never waited for, never given back. Who gets it writes the one line about
         # what can't be checked.
         self._told_unchecked = threading.Lock()
         self._connections = _checked(connections)
         self._getter = Getter(self._address.bucket, self._clients, self._extra, connections)
-        self._requests = Requests(
-            self._get, self._known, self._look, self._tell_unchecked, self._clients.heed, lambda: self._getter.means
-        )
+        self._requests = Requests(self._getter, self._known, self._look, self._tell_unchecked, self._clients.heed)
 
     @property
     def url(self) -> str:
@@ -198,7 +194,7 @@ class S3Source:
 
     def _head(self, key: str, pin: str | None, *, explain_missing: bool) -> dict[str, Any]:
         arguments = {"Key": key} | ({"VersionId": pin} if pin else {})
-        asked = {"ChecksumMode": "ENABLED"} if self._asks_checksums else {}
+        asked = {"ChecksumMode": "ENABLED"} if self._getter.asks_checksums else {}
         try:
             return self._call("HeadObject", **arguments, **asked)
         except Exception as error:
@@ -208,7 +204,7 @@ class S3Source:
                     answer = self._call("HeadObject", **arguments)
                 except Exception as again:
                     raise self._reason(arguments, again) from again
-                self._asks_checksums = False
+                self._getter.asks_checksums = False
                 return answer
             if status in (400, 403) or (status == 404 and explain_missing):  # noqa: PLR2004 - HTTP
                 raise self._reason(arguments, error) from error
@@ -250,11 +246,6 @@ class S3Source:
             if not page.get("IsTruncated") or not following or following == token.get("ContinuationToken"):
                 return
             token = {"ContinuationToken": following}
-
-    def _get(self, file: RemoteFile, span: Span, grip: Grip) -> Answer:
-        """Ask for a piece of a file."""
-        asked = self._asks_checksums and span.range is None and not computable(file.checksums)
-        return self._getter.get(file, span, grip, checksums=asked)
 
     def _look(self, place: Place, file: RemoteFile) -> Known:
         """Ask for the checksums of a file that is fetched in parts, whose answers have none."""

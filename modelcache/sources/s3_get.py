@@ -12,14 +12,17 @@ from typing import Any
 import attrs
 
 from modelcache.sources.base import RemoteFile
+from modelcache.sources.checksums import computable
 from modelcache.sources.s3_client import Clients, Extra, Process
+from modelcache.sources.s3_connection import Answer, Grip
 from modelcache.sources.s3_means import Means
 from modelcache.sources.s3_signing import Pattern, host_of, pattern_of
-from modelcache.sources.s3_wire import Answer, Grip, Wire, WireAnswer
+from modelcache.sources.s3_wire import Wire, WireAnswer, WireQuestion
 
 _GOOD = (200, 206)
 _ERROR_TEXT = 65_536  # bytes of an error's body that are read
 _CHECKSUM = "x-amz-checksum-"
+_HEADERS = {"IfMatch": "If-Match", "Range": "Range", "ChecksumMode": "x-amz-checksum-mode"}
 _TOLD = {
     "etag": "ETag",
     "content-range": "ContentRange",
@@ -60,6 +63,9 @@ class Getter:
         clients: hands out the client.
         extra: the user's arguments.
         connections: requests at once.
+
+    Attributes:
+        asks_checksums: whether to ask for them; False once the store refused the question. Written by any thread.
     """
 
     def __init__(self, bucket: str, clients: Clients, extra: Extra, connections: int) -> None:
@@ -67,6 +73,7 @@ class Getter:
         self._clients = clients
         self._extra = extra
         self._connections = connections
+        self.asks_checksums = True
         self._means: tuple[Process, Means] | None = None
         self._line: tuple[Process, Any, tuple[Pattern, Wire] | None] | None = None
 
@@ -82,35 +89,71 @@ class Getter:
                     held = self._means = (process, Means(self._connections))
         return held[1]
 
-    def get(self, file: RemoteFile, span: Span, grip: Grip, *, checksums: bool) -> Answer:
-        """Ask for a piece of a file, pinned to its version; the caller holds a slot until the answer is closed.
+    def ask(self, file: RemoteFile, span: Span, grip: Grip) -> "Question":
+        """Ask for a piece of a file, pinned to its version, once a connection is free.
 
         Raises:
             Exception: what the client, or the network, raises; ``s3_errors`` tells what it means.
         """
+        means = self.means
+        means.take(grip)
+        try:
+            client = self._clients.get()
+            line = self._line_of(client, file)
+            return Question(means, self._request(client, line, self._wanted(file, span)))
+        except BaseException:
+            means.give()
+            raise
+
+    def ask_ahead(self, file: RemoteFile, span: Span) -> "Question | None":
+        """Do the same at once, for an answer that is taken later; None where no connection is free, or no wire.
+
+        Raises:
+            Exception: as ``ask``.
+        """
+        means = self.means
+        client = self._clients.get()
+        line = self._line_of(client, file)
+        if line is None or not means.take_now():
+            return None
+        try:
+            return Question(means, self._request(client, line, self._wanted(file, span)))
+        except BaseException:
+            means.give()
+            raise
+
+    def can_ask_ahead(self, file: RemoteFile) -> bool:
+        """Whether that can ever be, as far as is known."""
+        try:
+            return self._line_of(self._clients.get(), file) is not None
+        except Exception:  # noqa: BLE001 - told where the file is asked for
+            return False
+
+    def _wanted(self, file: RemoteFile, span: Span) -> dict[str, str]:
+        """Return the arguments of a GetObject."""
         key, pin = json.loads(file.address)
         match = None if file.version.startswith("W/") else file.version  # weak ETags match nothing
-        mode = "ENABLED" if checksums else None
-        client = self._clients.get()
-        line = self._line_of(client, key)
-        if line is None:
-            wanted = {"Key": key, "VersionId": pin, "IfMatch": match, "Range": span.range, "ChecksumMode": mode}
-            return self._by_client(client, wanted, grip)
-        pattern, wire = line
-        told = {"If-Match": match, "Range": span.range, "x-amz-checksum-mode": mode}
-        headers = {name: value for name, value in told.items() if value is not None}
-        answer = wire.ask(*pattern.request(key, pin, headers), grip)
-        if answer.status not in _GOOD:
-            raise _refusal(answer)
-        answer.told = _told(answer.headers)
-        return answer
+        asked = self.asks_checksums and span.range is None and not computable(file.checksums)
+        mode = "ENABLED" if asked else None
+        wanted = {"Key": key, "VersionId": pin, "IfMatch": match, "Range": span.range, "ChecksumMode": mode}
+        return {name: value for name, value in wanted.items() if value is not None}
 
-    def _line_of(self, client: Any, key: str) -> tuple[Pattern, Wire] | None:
+    def _request(
+        self, client: Any, line: tuple[Pattern, Wire] | None, wanted: dict[str, str]
+    ) -> "WireQuestion | _Unsent":
+        if line is None:
+            return _Unsent(client, {"Bucket": self._bucket, **wanted, **self._extra.of("GetObject", client)})
+        pattern, wire = line
+        headers = {_HEADERS[name]: value for name, value in wanted.items() if name in _HEADERS}
+        return wire.send(*pattern.request(wanted["Key"], wanted.get("VersionId"), headers))
+
+    def _line_of(self, client: Any, file: RemoteFile) -> tuple[Pattern, Wire] | None:
         """Return the wire for this client, where it can have one."""
         process = self._clients.process
         held = self._line
         if held is None or held[0] is not process or held[1] is not client:
             extra = self._extra.of("GetObject", client)
+            key, _ = json.loads(file.address)
             with process.lock:
                 held = self._line
                 if held is None or held[0] is not process or held[1] is not client:
@@ -121,10 +164,55 @@ class Getter:
                     held = self._line = (process, client, made)
         return held[2]
 
-    def _by_client(self, client: Any, wanted: Mapping[str, str | None], grip: Grip) -> Answer:
-        given = {name: value for name, value in wanted.items() if value is not None}
-        answer = client.get_object(Bucket=self._bucket, **given, **self._extra.of("GetObject", client))
-        return ClientAnswer(answer, grip)
+
+@attrs.frozen
+class _Unsent:
+    """A request that the client itself sends, and waits for."""
+
+    client: Any
+    arguments: dict[str, Any]
+
+    def answer(self, grip: Grip, /) -> Answer:
+        return ClientAnswer(self.client.get_object(**self.arguments), grip)
+
+    def close(self) -> None:
+        pass
+
+
+class Question:
+    """A request for a piece of an object, and the connection that is held for it.
+
+    Concurrency: one thread.
+    """
+
+    def __init__(self, means: Means, request: WireQuestion | _Unsent) -> None:
+        self._means = means
+        self._request = request
+        self._closed = False
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable with the answer; of what was asked ahead."""
+        return self._request.fileno() if isinstance(self._request, WireQuestion) else -1
+
+    def answer(self, grip: Grip) -> Answer:
+        """Wait for the answer.
+
+        Raises:
+            Exception: as ``Getter.ask``.
+        """
+        answer = self._request.answer(grip)
+        if isinstance(answer, WireAnswer):
+            if answer.status not in _GOOD:
+                raise _refusal(answer)
+            answer.told = _told(answer.headers)
+        return answer
+
+    def close(self) -> None:
+        """Let others have the connection, after the answer was closed; may be called more than once."""
+        if not self._closed:
+            self._closed = True
+            self._request.close()
+            self._means.give()
 
 
 class ClientAnswer:

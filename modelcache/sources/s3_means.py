@@ -3,12 +3,11 @@
 Who gets which is first come, first served. What is done with them is ``s3_stream``'s and ``s3_saving``'s business.
 """
 
-import contextlib
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from modelcache.sources.s3_wire import Grip
+from modelcache.sources.s3_connection import Grip
 
 TICK = 0.1
 """Seconds between two looks at whether to stop, while something is waited for."""
@@ -29,27 +28,39 @@ class Means:
         # a finalizer or a signal handler that interrupts just this.
         self._changed = threading.Condition(threading.RLock())
         self._connections = most
+        self._waiting = 0
         self._buffers = most
 
-    @contextlib.contextmanager
-    def connection(self, grip: Grip) -> Iterator[None]:
-        """Hold a connection while the block runs.
+    def take(self, grip: Grip) -> None:
+        """Wait for a connection; ``give`` gives it back.
 
         Raises:
             ConnectionAbortedError: told to stop while none was free.
         """
         with self._changed:
-            while self._connections <= 0:
-                if grip.torn:
-                    raise ConnectionAbortedError("told to stop")
-                self._changed.wait(TICK)
+            self._waiting += 1
+            try:
+                while self._connections <= 0:
+                    if grip.torn:
+                        raise ConnectionAbortedError("told to stop")
+                    self._changed.wait(TICK)
+                self._connections -= 1
+            finally:
+                self._waiting -= 1
+
+    def take_now(self) -> bool:
+        """Take a connection that nobody waits for; whether there was one."""
+        with self._changed:
+            if self._connections <= self._waiting:
+                return False
             self._connections -= 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._connections += 1
-                self._changed.notify()
+            return True
+
+    def give(self) -> None:
+        """Give a connection back."""
+        with self._changed:
+            self._connections += 1
+            self._changed.notify()
 
     def grant(self, wanted: int) -> int:
         """Return how many buffers a fetch may have: one at least, ``wanted`` at most."""

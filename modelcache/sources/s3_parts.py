@@ -4,22 +4,18 @@ How one request is made is ``s3_get``, what its errors mean ``s3_errors``. Which
 becomes of their bytes, is ``s3_stream`` and ``s3_saving``.
 """
 
+import contextlib
 import logging
-import random
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
-
-import attrs
 
 from modelcache.errors import ArtifactChanged, ArtifactCorrupt, ModelCacheError, SourceUnavailable
 from modelcache.sources.base import RemoteFile
-from modelcache.sources.checksums import Known
+from modelcache.sources.s3_connection import Answer, Grip
+from modelcache.sources.s3_effort import Effort, Stopped
 from modelcache.sources.s3_errors import Place, Verdict, judge
-from modelcache.sources.s3_get import Span
-from modelcache.sources.s3_means import Means
-from modelcache.sources.s3_wire import Answer, Grip
+from modelcache.sources.s3_get import Question, Span
 
 _log = logging.getLogger(__name__)
 
@@ -29,111 +25,10 @@ PART = 8 * 2**20
 """Bytes of one ranged request; a smaller object is fetched whole."""
 
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_SHARES = 4  # times the attempts of one piece: what all pieces of an artifact may fail together
-
-
-@attrs.frozen
-class Patience:
-    """How often, and after which pauses, a broken download goes on.
-
-    Attributes:
-        attempts: requests in a row that brought no byte, before it is given up.
-        first: longest first pause, in seconds; doubled each time (full jitter: each pause is drawn from 0 to that).
-        longest: longest pause, in seconds; also of what a store asks for by ``Retry-After``.
-        draw: ``random.uniform``; an argument for tests.
-        wait: waits for an event, at most for so many seconds, and returns whether it was set; for tests.
-    """
-
-    attempts: int = 5
-    first: float = 0.2
-    longest: float = 20.0
-    draw: Callable[[float, float], float] = random.uniform
-    wait: Callable[[threading.Event, float], bool] = threading.Event.wait
-
-    def pause(self, failures: int, told: float) -> float:
-        """Return the seconds to wait after so many failures in a row."""
-        jitter = self.draw(0, min(self.longest, self.first * 2 ** (failures - 1)))
-        return max(jitter, min(told, self.longest))
-
-
-@attrs.frozen
-class Requests:
-    """What a download needs of its source; all callables may be called from any thread.
-
-    Attributes:
-        get: asks for a piece of a file and returns the answer; raises what the client or the network raises.
-        known: reads the checksums from an answer about a whole file.
-        look: asks for the checksums of a file, without its bytes; raises as ``get``.
-        tell: hears that (and why) no checksum of the object can be compared.
-        heed: hears of each error that ends a download.
-        means: returns the bounds that all downloads share.
-    """
-
-    get: Callable[[RemoteFile, Span, Grip], Answer]
-    known: Callable[[Mapping[str, object]], Known]
-    look: Callable[[Place, RemoteFile], Known]
-    tell: Callable[[Place, str], None]
-    heed: Callable[[ModelCacheError], None]
-    means: Callable[[], Means]
-
-
-class Stopped(Exception):
-    """The download was told to stop; nobody waits for more."""
 
 
 class SinkBroken(Exception):
     """The bytes could not be stored; its cause says why."""
-
-
-class Effort:
-    """What all pieces of one artifact share: when to stop, and how many failures there may be.
-
-    A request that brought nothing takes one from the allowance, a finished piece gives one back. So a store that
-    is down for good is not asked over and over by each piece on its own.
-
-    Args:
-        requests: how to ask the store.
-        patience: how often to try again.
-    """
-
-    def __init__(self, requests: Requests, patience: Patience) -> None:
-        self.requests = requests
-        self.patience = patience
-        self.stop = threading.Event()
-        self._most = patience.attempts * _SHARES
-        # Guards the allowance and the set of grips; under it nothing but the shutdown of sockets. Reentrant, as a
-        # signal handler may close the stream that its own thread is reading.
-        self._lock = threading.RLock()
-        self._left = self._most
-        self._grips: set[Grip] = set()
-
-    def grip(self) -> Grip:
-        """Return a new grip, torn with the others."""
-        grip = Grip()
-        with self._lock:
-            self._grips.add(grip)
-        if self.stop.is_set():
-            grip.tear()
-        return grip
-
-    def quit(self) -> None:
-        """Stop all pieces, now; may be called from any thread."""
-        self.stop.set()
-        with self._lock:
-            grips = list(self._grips)
-        for grip in grips:
-            grip.tear()
-
-    def spend(self) -> bool:
-        """Take one from the allowance; whether there was one."""
-        with self._lock:
-            self._left -= 1
-            return self._left > 0
-
-    def earn(self) -> None:
-        """Give one back."""
-        with self._lock:
-            self._left = min(self._left + 1, self._most)
 
 
 class Sink(Protocol):
@@ -168,9 +63,19 @@ class Piece:
         file: which version of it.
         span: which bytes of it.
         sink: where they go.
+        question: what was asked already; closed here.
     """
 
-    def __init__(self, effort: Effort, grip: Grip, place: Place, file: RemoteFile, span: Span, sink: Sink) -> None:
+    def __init__(
+        self,
+        effort: Effort,
+        grip: Grip,
+        place: Place,
+        file: RemoteFile,
+        span: Span,
+        sink: Sink,
+        question: Question | None = None,
+    ) -> None:
         self._effort = effort
         self._requests = effort.requests
         self._grip = grip
@@ -178,6 +83,7 @@ class Piece:
         self._file = file
         self._span = span
         self._sink = sink
+        self._question = question
         self._offset = span.start
         self._failures = 0
         self._asked = False
@@ -199,8 +105,9 @@ class Piece:
     def _request(self) -> None:
         """Ask for what is missing, and read it as far as it comes."""
         span = Span(self._offset, self._span.end, self._span.size)
-        with self._requests.means().connection(self._grip):
-            answer = self._requests.get(self._file, span, self._grip)
+        question, self._question = self._question, None
+        with contextlib.closing(question or self._requests.getter.ask(self._file, span, self._grip)) as asked:
+            answer = asked.answer(self._grip)
             try:
                 self._examine(answer.told, span)
                 self._sink.answered(answer.told)

@@ -5,6 +5,8 @@ read, resumed and examined by ``s3_parts``. Whole objects are compared with thei
 comes in parts, whoever has written the next part in order reads it back, while it is still in the page cache.
 """
 
+import contextlib
+import math
 import os
 import threading
 from collections import deque
@@ -14,10 +16,12 @@ import attrs
 
 from modelcache.sources.base import RemoteFile
 from modelcache.sources.checksums import Digests, computable
+from modelcache.sources.s3_ahead import DEPTH, SMALL, Ahead
+from modelcache.sources.s3_effort import Effort, Stopped
 from modelcache.sources.s3_errors import Place
-from modelcache.sources.s3_get import Span
+from modelcache.sources.s3_get import Question, Span
 from modelcache.sources.s3_means import TICK, start_threads
-from modelcache.sources.s3_parts import CHUNK, Effort, Piece, SinkBroken, Stopped, corrupt, spans_of
+from modelcache.sources.s3_parts import CHUNK, Piece, SinkBroken, corrupt, spans_of
 from modelcache.sources.s3_stream import CONNECTIONS
 
 _AHEAD = 64  # files made room for before their turn has come
@@ -50,6 +54,9 @@ class _File:
     checking: bool = False
 
 
+_Task = tuple[_File, int]  # a file, and the number of one of its parts
+
+
 def save(
     files: Sequence[tuple[Place, RemoteFile]],
     put: Callable[[RemoteFile], Callable[[], int]],
@@ -70,9 +77,8 @@ def save(
         check: raises to stop.
     """
     work = _Work(effort)
-    useful = sum(min(CONNECTIONS, len(spans_of(file.size))) for _, file in files)
     try:
-        work.start(min(most, useful))
+        work.start(min(most, _useful(effort, [file for _, file in files], most)))
         for place, file in files:
             work.add(_prepared(place, file, put, effort))
             work.wait(_AHEAD, count, check)
@@ -81,6 +87,14 @@ def save(
     finally:
         work.end()
     work.settle(count)
+
+
+def _useful(effort: Effort, files: Sequence[RemoteFile], most: int) -> int:
+    """Return the threads that files can use, with so many connections."""
+    small = [file for file in files if file.size <= SMALL]
+    large = sum(min(CONNECTIONS, len(spans_of(file.size))) for file in files if file.size > SMALL)
+    each = DEPTH if small and effort.requests.getter.can_ask_ahead(small[0]) else 1
+    return large + math.ceil(min(len(small), most) / each)
 
 
 def _prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callable[[], int]], effort: Effort) -> _File:
@@ -174,13 +188,14 @@ class _Work:
         try:
             grip = self.effort.grip()
             buffer = memoryview(bytearray(CHUNK))
-            while (task := self._next()) is not None:
-                file, number = task
-                if len(file.spans) == 1:
-                    file.descriptor = file.open()
-                sink = _Sink(self, file, buffer)
-                Piece(self.effort, grip, file.place, file.file, file.spans[number], sink).read()
-                self._written(file, number, buffer)
+            with contextlib.closing(Ahead[_Task](self.effort)) as ahead:
+                for (file, number), question in self._tasks(ahead):
+                    with contextlib.closing(question) if question else contextlib.nullcontext():
+                        if len(file.spans) == 1:
+                            file.descriptor = file.open()
+                        sink = _Sink(self, file, buffer)
+                        Piece(self.effort, grip, file.place, file.file, file.spans[number], sink, question).read()
+                    self._written(file, number, buffer)
         except Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
@@ -189,9 +204,30 @@ class _Work:
                 self._changed.notify_all()
             self.effort.quit()
 
-    def _next(self) -> tuple[_File, int] | None:
+    def _tasks(self, ahead: Ahead[_Task]) -> Iterator[tuple[_Task, Question | None]]:
+        """Yield one task after another, and what was asked for it.
+
+        A connection is waited for (``None``) only while none is held: else threads that hold some could wait for
+        each other's.
+        """
+        task = None
+        while True:
+            if task is None and len(ahead) < DEPTH:
+                task = self._next(wait=not ahead)
+            if task is not None and ahead.ask(task, task[0].file, task[0].spans[task[1]]):
+                task = None
+            elif ahead:
+                yield ahead.first()
+            elif task is not None:
+                yield task, None
+                task = None
+            else:
+                return
+
+    def _next(self, *, wait: bool) -> _Task | None:
+        """Return the next task; None where there is none, now or, if that was to be waited for, any more."""
         with self._changed:
-            while not self._queue and not self._closed and not self.effort.stop.is_set():
+            while wait and not self._queue and not self._closed and not self.effort.stop.is_set():
                 self._changed.wait(TICK)
             if self.effort.stop.is_set() or not self._queue:
                 return None

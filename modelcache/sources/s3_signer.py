@@ -10,6 +10,8 @@ import attrs
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
+_DERIVED = 16  # keys kept: four for each day and each secret
+
 
 class _Get(AWSRequest):  # type: ignore[misc] # untyped
     """A request that has no body; botocore's own prepares the whole request again to find that out."""
@@ -25,7 +27,26 @@ class _Headers(dict[str, str]):
 
 
 class _Auth(S3SigV4Auth):  # type: ignore[misc] # untyped
-    """A signer that signs all headers there are."""
+    """A signer that signs all headers there are.
+
+    Args:
+        signer: whose keys these are.
+    """
+
+    def __init__(self, signer: "Signer") -> None:
+        super().__init__(signer.credentials.get_frozen_credentials(), signer.service, signer.region)
+        self._derived = signer.derived
+
+    def _sign(self, key: bytes, msg: str, hex: bool = False) -> Any:  # noqa: FBT001, FBT002 - botocore's
+        """Compute an HMAC; four of five are the same for all requests of a day."""
+        if hex:
+            return super()._sign(key, msg, hex)
+        found = self._derived.get((key, msg))
+        if found is None:
+            if len(self._derived) >= _DERIVED:
+                self._derived.clear()
+            found = self._derived[key, msg] = super()._sign(key, msg)
+        return found
 
     def headers_to_sign(self, request: AWSRequest) -> _Headers:
         return _Headers((name.lower(), value) for name, value in request.headers.items())
@@ -40,11 +61,13 @@ class Signer:
     Attributes:
         credentials: botocore's, refreshed by itself.
         service, region: that the signature is for.
+        derived: keys derived from the secret for a day, region and service.
     """
 
     credentials: Any
     service: str
     region: str
+    derived: dict[tuple[bytes, str], bytes] = attrs.field(factory=dict, repr=False, eq=False)
 
     def sign(self, url: str, headers: Mapping[str, str]) -> dict[str, str]:
         """Return these headers and those that sign them.
@@ -58,5 +81,5 @@ class Signer:
         """
         request = _Get("GET", url)
         request.headers = _Headers(headers)
-        _Auth(self.credentials.get_frozen_credentials(), self.service, self.region).add_auth(request)
+        _Auth(self).add_auth(request)
         return dict(request.headers)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from modelcache.sources.s3_wire import Host
+from modelcache.sources.s3_connection import Host
 
 if TYPE_CHECKING:
     from modelcache.sources.s3_signer import Signer

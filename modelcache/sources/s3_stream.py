@@ -11,10 +11,11 @@ import attrs
 
 from modelcache.sources.base import RemoteFile
 from modelcache.sources.checksums import Digests, computable
+from modelcache.sources.s3_effort import Effort, Patience, Requests, Stopped
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
 from modelcache.sources.s3_means import TICK, start_threads
-from modelcache.sources.s3_parts import Effort, Patience, Piece, Requests, Stopped, corrupt, spans_of
+from modelcache.sources.s3_parts import Piece, corrupt, spans_of
 from modelcache.sources.streams import ClosableStream
 
 CONNECTIONS = 4
@@ -169,7 +170,7 @@ class S3Stream(ClosableStream):
                 self._requests.tell(self._place, known.unchecked)
             self._expected = known.checksums
         wanted = min(self._count, CONNECTIONS + _SPARE)
-        self._granted = self._requests.means().grant(wanted)
+        self._granted = self._requests.getter.means.grant(wanted)
         self._free = [memoryview(bytearray(self._spans[0].end)) for _ in range(self._granted)]
         if self._count == 1 and self._check is _nothing:  # no thread can help
             self._work()
@@ -221,7 +222,7 @@ class S3Stream(ClosableStream):
             granted, self._granted = self._granted, 0
             self._free, self._parts = [], {}
         if granted:
-            self._requests.means().give_back(granted)
+            self._requests.getter.means.give_back(granted)
 
 
 def _nothing() -> None:

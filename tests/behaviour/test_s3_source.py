@@ -30,8 +30,8 @@ from modelcache.errors import (
 )
 from modelcache.sources import checksums, s3_client
 from modelcache.sources.s3 import S3Source
+from modelcache.sources.s3_effort import Patience
 from modelcache.sources.s3_multipart import with_parts
-from modelcache.sources.s3_parts import Patience
 from modelcache.sources.s3_url import parse_s3_url
 from tests.contracts.source_contract import BODY, content
 from tests.support.processes import free_port

@@ -23,9 +23,9 @@ from modelcache.sources import s3_signing
 from modelcache.sources.base import Artifact, RemoteFile
 from modelcache.sources.s3 import S3Source
 from modelcache.sources.s3_client import Clients
+from modelcache.sources.s3_connection import Grip
+from modelcache.sources.s3_effort import Patience
 from modelcache.sources.s3_means import Means
-from modelcache.sources.s3_parts import Patience
-from modelcache.sources.s3_wire import Grip
 from tests.contracts.source_contract import BODY, content
 from tests.support.proxy import Fault, FaultProxy
 from tests.support.s3 import Bucket, Store
@@ -289,10 +289,29 @@ def test_means_are_given_back() -> None:
     means.give_back(3)
     assert means.grant(2) == 2
     grip = Grip()
-    with means.connection(grip), means.connection(grip), means.connection(grip):
-        grip.tear()
-        with pytest.raises(ConnectionAbortedError), means.connection(grip):
-            pass
-    with means.connection(grip):
-        pass
-    eventually(lambda: means._connections == 3)
+    means.take(grip)
+    assert means.take_now()
+    means.take(grip)
+    assert not means.take_now()
+    grip.tear()
+    with pytest.raises(ConnectionAbortedError):
+        means.take(grip)
+    means.give()
+    means.take(grip)
+    for _ in range(3):
+        means.give()
+    assert [means.take_now() for _ in range(4)] == [True, True, True, False]
+
+
+def test_who_waits_for_a_connection_gets_it() -> None:
+    """A connection that somebody waits for is not taken by who need not have it now."""
+    means = Means(1)
+    grip = Grip()
+    means.take(grip)
+    taker = threading.Thread(target=means.take, args=(grip,))
+    taker.start()
+    eventually(lambda: means._waiting == 1)
+    means.give()
+    assert not means.take_now()
+    taker.join(10)
+    assert not taker.is_alive()

@@ -18,7 +18,8 @@ from modelcache.errors import (
 )
 from modelcache.sources.base import Artifact
 from modelcache.sources.s3 import S3Source
-from modelcache.sources.s3_parts import CHUNK, Patience
+from modelcache.sources.s3_effort import Patience
+from modelcache.sources.s3_parts import CHUNK
 from tests.contracts.source_contract import content
 from tests.support.proxy import Fault, FaultProxy, any_request
 from tests.support.s3 import Bucket, Store, noise

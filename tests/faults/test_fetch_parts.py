@@ -17,11 +17,12 @@ from modelcache.errors import AccessDenied, ArtifactChanged, ArtifactCorrupt, Mo
 from modelcache.sources import s3_parts
 from modelcache.sources.base import Artifact, RemoteFile
 from modelcache.sources.s3 import S3Source
-from modelcache.sources.s3_parts import Patience
+from modelcache.sources.s3_effort import Patience
 from tests.contracts.source_contract import content
 from tests.support.proxy import Fault, FaultProxy, Request
 from tests.support.racing import descriptors
 from tests.support.s3 import Bucket, noise
+from tests.support.saving import saved
 from tests.support.waiting import eventually
 
 PART = 300_000
@@ -72,23 +73,6 @@ class Scene:
     def ranges(self) -> list[str | None]:
         """Return the ranges that were asked for."""
         return [request.range for request in self.proxy.reads()]
-
-
-def saved(
-    source: S3Source, artifact: Artifact, folder: Path, check: Callable[[], None] = lambda: None
-) -> dict[str, bytes]:
-    """Save all files of an artifact; return name to content, and make sure that all bytes were counted."""
-    counted: list[int] = []
-
-    def put(file: RemoteFile) -> Callable[[], int]:
-        path = folder / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-
-    source.save(artifact, put, count=counted.append, check=check)
-    assert sum(counted) == artifact.size
-    assert all(size > 0 for size in counted)
-    return {file.name: (folder / file.name).read_bytes() for file in artifact.files}
 
 
 @pytest.fixture(params=["stream", "save"])

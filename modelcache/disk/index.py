@@ -148,10 +148,11 @@ class Index:
             recall_order(self._policy, sorted(new, key=lambda name: new[name].used))
             return
         known = {each[0]: each for each in asked}
-        unknown = sorted((name for name in new if name not in known), key=lambda name: new[name].used)
-        ranked = zip(unknown, range(before + 1 - len(unknown), before + 1), strict=True)
+        unknown = [pair for pair in new.items() if pair[0] not in known]
+        unknown.sort(key=lambda pair: pair[1].used)
+        ranked = enumerate(unknown, before + 1 - len(unknown))
         self._policy.restore(
-            ((name, new[name].bytes, new[name].fetch_seconds, 1, at, at) for name, at in ranked), self._clock
+            ((name, item.bytes, item.fetch_seconds, 1, at, at) for at, (name, item) in ranked), self._clock
         )
         self._policy.restore(
             (

@@ -176,6 +176,8 @@ class Admission(Generic[T]):
         step: _Step[T] = _Step(asks=able and entry.verdict in _ASKED_ANEW and self._neighbours.apply(shortage))
         if able and not step.asks:
             step.victims = self._choose(shortage, limits, entry)
+        elif entry.rows and stopped and turn and clear:  # it is refused next
+            step.victims = self._spare(shortage)
         self._evictor.announce(step.victims, shortage, applicant.model)
         if not looked or step.victims or step.asks:
             return step
@@ -229,6 +231,13 @@ class Admission(Generic[T]):
         if entry.verdict is Verdict.OWN:
             return self._choosing.choose(shortage, 1, stepwise=True)
         return self._choosing.choose(shortage, entry.most, whole=True, least=self._evictor.vain(limits))
+
+    def _spare(self, shortage: Shortage) -> list[Entry[T]]:
+        """Choose one that alone makes room, though evictions rest."""
+        largest = self._choosing.largest(shortage)
+        if largest is None or not self._evictor.spare(largest):
+            return []
+        return [largest] if self._residents.retire(largest, shortage.reason) else []
 
     def _clear(self, token: object, plan: Plan, since: float, *, nested: bool) -> bool:
         """Whether nobody is to be left alone: neither another load that is measured, nor, by others, this one.

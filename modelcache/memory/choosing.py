@@ -140,6 +140,12 @@ class Choosing(Generic[T]):
         """Return who would go next; what was loaded before a fork gives nothing back, and is not among them."""
         return next((entry for entry in self._ranked(0, None) if not (entry.inherited or entry.doomed)), None)
 
+    def largest(self, shortage: Shortage) -> Entry[T] | None:
+        """Return the largest model that may go, if it alone is enough; what was loaded before a fork is not."""
+        idle = (entry for entry in self._residents.resident.values() if not (entry.held() or entry.inherited))
+        largest = max(idle, key=lambda entry: entry.bytes, default=None)
+        return largest if largest is not None and shortage.after(largest).met else None
+
     def suffices(self, shortage: Shortage) -> bool:
         """Whether all that may go now would be enough; for the watermark it may be where a footprint was guessed."""
         idle = [entry for entry in self._residents.entries() if not entry.held()]

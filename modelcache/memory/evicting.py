@@ -54,6 +54,10 @@ class Evictor(Generic[T]):
         """Whether evictions for the watermark rest, as they did not help; the guard is held."""
         return self.futility.stopped(time.monotonic())
 
+    def spare(self, entry: Entry[T]) -> bool:
+        """Whether a model may go although evictions rest, for a load that is refused else; the guard is held."""
+        return self.futility.spare(entry.bytes, time.monotonic())
+
     def vain(self, limits: Limits) -> int:
         """Return the bytes that the next batch is to promise, as fewer brought back nothing; the guard is held."""
         return min(self.futility.vain, limits.high // _VAIN)
@@ -116,8 +120,8 @@ class Evictor(Generic[T]):
         with self._guard:
             self._residents.lives.reclaimed(models, event)
             if judged:
-                freed, now = event.freed, time.monotonic()
-                if self.futility.judge(seen, freed, explained, after.reading.used, grain, now):
+                freed, now, largest = event.freed, time.monotonic(), max(entry.bytes for entry in batch)
+                if self.futility.judge(seen, freed, explained, after.reading.used, grain, now, largest=largest):
                     pressure = self._pressure(after)
         self._teller.tell([event] if pressure is None else [event, pressure])
 

@@ -23,6 +23,8 @@ class Futility:
         self._row = 0
         self._promised = self._freed = self._explained = 0
         self._until = 0.0
+        self._spared = 0.0
+        self._largest = 0  # bytes of the largest model that left in vain
         self._used = 0  # bytes in use after the latest round that did not help
         self.promised = 0
         self.freed = 0
@@ -31,6 +33,16 @@ class Futility:
     def stopped(self, now: float) -> bool:
         """Whether evictions for the watermark rest now, as they did not help."""
         return self._row >= _ROW and now < self._until
+
+    def spare(self, size: int, now: float) -> bool:
+        """Whether a model may go all the same, for a load that is refused else; not soon again, if it does not help.
+
+        It must be larger than all that did not help: these were perhaps small ones among others on the heap.
+        """
+        if now < self._spared or size <= self._largest:
+            return False
+        self._spared = now + self._rest * _LONGEST
+        return True
 
     @property
     def verging(self) -> bool:
@@ -57,7 +69,9 @@ class Futility:
         missing = total - self._freed - freed - max(self._explained, explained)
         return missing if total >= grain and missing * _MISSED > total else 0
 
-    def judge(self, promised: int, freed: int, explained: int, used: int, grain: int, now: float) -> bool:
+    def judge(
+        self, promised: int, freed: int, explained: int, used: int, grain: int, now: float, *, largest: int
+    ) -> bool:
         """Weigh a batch; return whether this one begins an episode, which is to be told.
 
         Args:
@@ -67,10 +81,12 @@ class Futility:
             used: bytes in use now.
             grain: bytes that the batches of a round must promise in all, to tell anything.
             now: monotonic seconds.
+            largest: bytes of the largest model of the batch.
         """
         self._promised += promised
         self._freed += freed
         self._explained = max(self._explained, explained)
+        self._largest = max(self._largest, largest)
         if self._promised < grain:
             return False
         helped = (self._freed + self._explained) * _SHARE >= self._promised and self._freed + self._explained > 0
@@ -105,6 +121,8 @@ class Futility:
         """Forget: a batch helped, or memory came back."""
         self._row = 0
         self._times = 1
+        self._spared = 0.0
+        self._largest = 0
         self._promised = self._freed = self._explained = 0
         self.promised = self.freed = 0
         self.episode = False

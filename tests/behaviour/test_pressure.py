@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from modelcache import Evicted, Pressure, Reason, Reclaimed, Thrashing, Unloaded
+from modelcache import Evicted, NoRoom, Pressure, Reason, Reclaimed, Thrashing, Unloaded
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
 from tests.support.waiting import Gate, Spawn, eventually
 
@@ -420,6 +420,55 @@ def test_large_model_among_small_ones_is_found(make_cache: MakeCache) -> None:
     assert cache.get("new", timeout=5.0).model == "new"
     assert "large" not in {info.model for info in cache.models() if info.tier == "memory"}
     assert not told
+
+
+def test_large_model_goes_before_a_load_is_refused(make_cache: MakeCache) -> None:
+    """While evictions rest that did not help, a load takes the place of one that is large enough, rather than none."""
+    sizes = {"large": 300} | {f"s{number}": 20 for number in range(12)} | {"new": 20, "more": 20}
+    book = Book()
+    gauge = FakeGauge(lambda: 600 + 300 * ("large" in book.alive), limit=10_000)
+    cache = make_cache(
+        DictSource().add(*sizes),
+        book,
+        size_of=lambda model, path: sizes[model],
+        memory={"gauge": gauge, "high": 2_000, "low": 500, "interval": 0.1, "policy": "lru"},
+    )
+    told, names = heard(cache, Pressure), list(sizes)[:-2]
+    for model in names:
+        cache.get(model)
+    with cache.lease("large"):
+        cache.memory.high = 905  # just above what is in use
+        with pytest.raises(NoRoom):
+            cache.get("new", timeout=5.0)
+        assert told
+    left = len(book.alive)
+    assert cache.get("new", timeout=5.0).model == "new"
+    assert "large" not in book.alive
+    assert len(book.alive) == left
+    assert cache.get("more", timeout=5.0).model == "more"
+
+
+def test_what_does_not_help_goes_seldom(make_cache: MakeCache) -> None:
+    """Loads that are refused while evictions rest cost one larger model, together, where that does not help either."""
+    small, large = [f"m{number}" for number in range(20)], ["large1", "large2"]
+    book, gauge = Book(), FakeGauge(700, 1000)
+    cache = make_cache(
+        DictSource().add(*small, "new1", "new2", "new3", size=50).add(*large, size=80),
+        book,
+        memory={"high": 900, "gauge": gauge, "interval": 1.0, "low": 500},
+    )
+    told = heard(cache, Pressure)
+    for name in (*small, *large):
+        cache.get(name)
+    gauge.used = 899
+    left = []
+    for name in ("new1", "new2", "new3"):
+        with pytest.raises(NoRoom):
+            cache.get(name, timeout=30.0)
+        assert told
+        left.append([sum(model in names for model in book.alive) for names in (small, large)])
+    assert left == [[left[0][0], 1]] * 3
+    assert left[0][0] >= 10
 
 
 def test_one_large_model_hides_nothing(make_cache: MakeCache) -> None:

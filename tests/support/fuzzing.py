@@ -99,16 +99,12 @@ def check(folder: Path, made: Input, monkeypatch: pytest.MonkeyPatch) -> Outcome
         finally:
             shutil.rmtree(folder)
     first, *others = outcomes.values()
-    assert all(_told(other) == _told(first) for other in others), outcomes
+    # What is both damaged and unsafe is refused for what is found first: decoders differ in how soon they see damage.
+    assert all(other.content == first.content for other in others), outcomes
     if first.content is not None and (expected := reference(made)) is not None:
         for name, data in expected.items():
             assert first.content.get(name) == data, name
     return first
-
-
-def _told(outcome: Outcome) -> Outcome:
-    """Return an outcome without what depends on how soon a decoder finds that what it was given makes no sense."""
-    return outcome if outcome.error is None else Outcome(error=(outcome.error[0], "", None))
 
 
 def check_all(folder: Path, seed: int, numbers: range) -> Iterator[tuple[int, Input, Outcome | Exception]]:

@@ -4,13 +4,17 @@ A thread for each would spend more time on waiting for the interpreter than on t
 answers is ``s3_saving``'s business.
 """
 
+import math
 import select
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from modelcache.sources.base import RemoteFile
 from modelcache.sources.s3_effort import Effort
 from modelcache.sources.s3_get import Question, Span
 from modelcache.sources.s3_means import TICK
+from modelcache.sources.s3_parts import spans_of
+from modelcache.sources.s3_stream import CONNECTIONS
 
 _Task = TypeVar("_Task")
 
@@ -18,7 +22,7 @@ SMALL = 64 * 1024
 """Bytes of an object that is asked for ahead: its answer fits into the kernel's buffers, so it keeps nobody waiting."""
 DEPTH = 16
 """Answers that one thread waits for."""
-_LOOKS = 20  # of TICK seconds each, for the first answer of several; after that one is waited for by its own timeout
+_LOOKS = 20  # of TICK seconds each, for the next answer; after that all are silent
 
 
 class Ahead(Generic[_Task]):
@@ -35,9 +39,15 @@ class Ahead(Generic[_Task]):
         self._poll = select.poll()
         self._asked: dict[int, tuple[_Task, Question]] = {}
         self._ready: list[int] = []
+        self._looks = 0  # in vain, since the last answer
 
     def __len__(self) -> int:
         return len(self._asked)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more is to be asked for as yet."""
+        return len(self) >= DEPTH
 
     def ask(self, task: _Task, file: RemoteFile, span: Span) -> bool:
         """Ask for what a task is about; whether that could be done."""
@@ -54,12 +64,28 @@ class Ahead(Generic[_Task]):
         self._poll.register(descriptor, select.POLLIN)
         return True
 
+    def should_connect(self, file: RemoteFile) -> bool:
+        """Whether a file that can't be asked for ahead could be, over one more connection."""
+        try:
+            return file.size <= SMALL and self._effort.requests.getter.should_connect(file)
+        except Exception:  # noqa: BLE001 - as above
+            return False
+
+    @property
+    def silent(self) -> bool:
+        """Whether no answer came for a while: what ``first`` returned has not begun to come."""
+        return self._looks >= _LOOKS
+
     def first(self) -> tuple[_Task, Question]:
         """Return a task whose answer has begun to come, or that which was asked first; the caller closes the latter."""
-        looks = 0
-        while not self._ready and looks < _LOOKS and not self._effort.stop.is_set():
-            self._ready = [descriptor for descriptor, _ in self._poll.poll(TICK * 1000)]
-            looks += 1
+        while not self._ready and not self._effort.stop.is_set():
+            self._ready = [descriptor for descriptor, _ in self._poll.poll(0 if self.silent else TICK * 1000)]
+            if self._ready:
+                self._looks = 0
+            elif self.silent:
+                break
+            else:
+                self._looks += 1
         descriptor = self._ready.pop(0) if self._ready else next(iter(self._asked))
         self._poll.unregister(descriptor)
         return self._asked.pop(descriptor)
@@ -69,3 +95,11 @@ class Ahead(Generic[_Task]):
         while self._asked:
             _, (_, question) = self._asked.popitem()
             question.close()
+
+
+def useful(effort: Effort, files: Sequence[RemoteFile], most: int) -> int:
+    """Return the threads that files can use, with so many connections."""
+    small = [file for file in files if file.size <= SMALL]
+    large = sum(min(CONNECTIONS, len(spans_of(file.size))) for file in files if file.size > SMALL)
+    each = DEPTH if small and effort.requests.getter.can_ask_ahead(small[0]) else 1
+    return large + math.ceil(min(len(small), most) / each)

@@ -3,9 +3,10 @@
 One piece is read by ``s3_parts``.
 """
 
+import contextlib
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import attrs
 
@@ -96,6 +97,16 @@ class Effort:
         if self.stop.is_set():
             grip.tear()
         return grip
+
+    @contextlib.contextmanager
+    def gripped(self) -> Iterator[Grip]:
+        """Have a grip for the length of a block."""
+        grip = self.grip()
+        try:
+            yield grip
+        finally:
+            with self._lock:
+                self._grips.discard(grip)
 
     def quit(self) -> None:
         """Stop all pieces, now; may be called from any thread."""

@@ -106,7 +106,7 @@ class Getter:
             raise
 
     def ask_ahead(self, file: RemoteFile, span: Span) -> "Question | None":
-        """Do the same at once, for an answer that is taken later; None where no connection is free, or no wire.
+        """Do the same at once, for an answer that is taken later; None where no open connection is free, or no wire.
 
         Raises:
             Exception: as ``ask``.
@@ -114,7 +114,7 @@ class Getter:
         means = self.means
         client = self._clients.get()
         line = self._line_of(client, file)
-        if line is None or not means.take_now():
+        if line is None or not line[1].idle or not means.take_now():  # to connect takes as long as many answers
             return None
         try:
             return Question(means, self._request(client, line, self._wanted(file, span)))
@@ -128,6 +128,11 @@ class Getter:
             return self._line_of(self._clients.get(), file) is not None
         except Exception:  # noqa: BLE001 - told where the file is asked for
             return False
+
+    def should_connect(self, file: RemoteFile) -> bool:
+        """Whether a file can't be asked for ahead only because one more connection would have to be made."""
+        line = self._line_of(self._clients.get(), file)
+        return line is not None and not line[1].idle and self.means.free
 
     def _wanted(self, file: RemoteFile, span: Span) -> dict[str, str]:
         """Return the arguments of a GetObject."""

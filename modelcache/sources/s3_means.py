@@ -56,6 +56,12 @@ class Means:
             self._connections -= 1
             return True
 
+    @property
+    def free(self) -> bool:
+        """Whether there is a connection that nobody waits for."""
+        with self._changed:
+            return self._connections > self._waiting
+
     def give(self) -> None:
         """Give a connection back."""
         with self._changed:

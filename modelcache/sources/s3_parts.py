@@ -87,20 +87,37 @@ class Piece:
         self._offset = span.start
         self._failures = 0
         self._asked = False
+        self._error: Exception | None = None
+
+    def begin(self) -> bool:
+        """Try once; whether that brought all its bytes. What went wrong is ``read``'s to mend, or to raise."""
+        try:
+            self._request()
+        except Exception as error:  # noqa: BLE001 - raised again by ``read`` unless it can be mended
+            self._error = error
+            return False
+        self._effort.earn()
+        return True
 
     def read(self) -> None:
-        """Bring all its bytes.
+        """Bring all its bytes, or those that ``begin`` did not bring.
 
         Raises:
             Stopped: the download was stopped meanwhile.
             ModelCacheError: as ``Stream.read`` says.
         """
+        if self._error is not None:
+            self._recover(self._error)
         while self._offset < self._span.end or not self._asked:
             try:
                 self._request()
             except Exception as error:  # noqa: BLE001 - raised again unless it can be mended
                 self._recover(error)
         self._effort.earn()
+
+    def pass_on(self, grip: Grip) -> None:
+        """Let the thread with this grip do the rest."""
+        self._grip = grip
 
     def _request(self) -> None:
         """Ask for what is missing, and read it as far as it comes."""

@@ -6,7 +6,7 @@ comes in parts, whoever has written the next part in order reads it back, while 
 """
 
 import contextlib
-import math
+import functools
 import os
 import threading
 from collections import deque
@@ -15,46 +15,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import attrs
 
 from modelcache.sources.base import RemoteFile
-from modelcache.sources.checksums import Digests, computable
-from modelcache.sources.s3_ahead import DEPTH, SMALL, Ahead
+from modelcache.sources.checksums import Digests
+from modelcache.sources.s3_ahead import Ahead, useful
+from modelcache.sources.s3_connection import Grip
 from modelcache.sources.s3_effort import Effort, Stopped
 from modelcache.sources.s3_errors import Place
+from modelcache.sources.s3_file import CLOSED, File, prepared, read_back, write
 from modelcache.sources.s3_get import Question, Span
 from modelcache.sources.s3_means import TICK, start_threads
-from modelcache.sources.s3_parts import CHUNK, Piece, SinkBroken, corrupt, spans_of
-from modelcache.sources.s3_stream import CONNECTIONS
+from modelcache.sources.s3_parts import CHUNK, Piece, SinkBroken, corrupt
 
 _AHEAD = 64  # files made room for before their turn has come
-_CLOSED = -1
 
 
-@attrs.define(eq=False)
-class _File:
-    """One file on its way.
-
-    Attributes:
-        place, file: what it is.
-        open: opens it for writing.
-        spans: its parts.
-        digests: of the bytes so far; None until its checksums are known.
-        descriptor: where it is written to; -1 before and after.
-        done: numbers of the parts that are written.
-        checked: parts that the digests know.
-        checking: whether a thread is about to read the next of them.
-    """
-
-    place: Place
-    file: RemoteFile
-    open: Callable[[], int]
-    spans: tuple[Span, ...]
-    digests: Digests | None
-    descriptor: int = _CLOSED
-    done: set[int] = attrs.field(factory=set)
-    checked: int = 0
-    checking: bool = False
-
-
-_Task = tuple[_File, int]  # a file, and the number of one of its parts
+_Task = tuple[File, int]  # a file, and the number of one of its parts
 
 
 def save(
@@ -76,36 +50,17 @@ def save(
         count: hears of bytes that came.
         check: raises to stop.
     """
-    work = _Work(effort)
+    work = _Work(effort, most)
     try:
-        work.start(min(most, _useful(effort, [file for _, file in files], most)))
+        work.start(min(most, useful(effort, [file for _, file in files], most)))
         for place, file in files:
-            work.add(_prepared(place, file, put, effort))
+            work.add(prepared(place, file, put, effort))
             work.wait(_AHEAD, count, check)
         work.close()
         work.wait(0, count, check)
     finally:
         work.end()
     work.settle(count)
-
-
-def _useful(effort: Effort, files: Sequence[RemoteFile], most: int) -> int:
-    """Return the threads that files can use, with so many connections."""
-    small = [file for file in files if file.size <= SMALL]
-    large = sum(min(CONNECTIONS, len(spans_of(file.size))) for file in files if file.size > SMALL)
-    each = DEPTH if small and effort.requests.getter.can_ask_ahead(small[0]) else 1
-    return large + math.ceil(min(len(small), most) / each)
-
-
-def _prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callable[[], int]], effort: Effort) -> _File:
-    spans = spans_of(file.size)
-    checksums = file.checksums if computable(file.checksums) else None
-    if checksums is None and len(spans) > 1:
-        known = effort.requests.look(place, file)
-        if known.unchecked:
-            effort.requests.tell(place, known.unchecked)
-        checksums = known.checksums
-    return _File(place, file, put(file), spans, None if checksums is None else Digests(checksums))
 
 
 class _Work:
@@ -115,13 +70,15 @@ class _Work:
         effort: what all files share.
     """
 
-    def __init__(self, effort: Effort) -> None:
+    def __init__(self, effort: Effort, most: int) -> None:
         self.effort = effort
+        self._most = most  # threads
+        self._running = 0
         # Guards the queue, the numbers, the error, and what of a file is written and checked. Under it nothing is
         # done but waiting. Reentrant, as a signal handler's own code may interrupt the caller here.
         self._changed = threading.Condition(threading.RLock())
-        self._queue: deque[tuple[_File, int]] = deque()
-        self._open: set[_File] = set()
+        self._queue: deque[tuple[File, int]] = deque()
+        self._open: set[File] = set()
         self._closed = False
         self._came = 0
         self._counted = 0
@@ -131,9 +88,10 @@ class _Work:
 
     def start(self, number: int) -> None:
         """Start threads."""
-        start_threads(self._threads, number, self._run)
+        if not sum(self._start(self._run) for _ in range(number)) and number:
+            raise RuntimeError("not even one thread could be started")
 
-    def add(self, file: _File) -> None:
+    def add(self, file: File) -> None:
         """Have a file written."""
         if len(file.spans) > 1:
             file.descriptor = file.open()
@@ -173,10 +131,10 @@ class _Work:
         if not self._closed or self._open:
             self.effort.quit()
         self.close()
-        for thread in self._threads:
-            thread.join()
+        while self._threads:
+            self._threads.pop().join()
         for file in self._open:
-            if file.descriptor != _CLOSED:
+            if file.descriptor != CLOSED:
                 os.close(file.descriptor)
 
     def came(self, size: int) -> None:
@@ -184,18 +142,27 @@ class _Work:
         with self._changed:
             self._came += size
 
-    def _run(self) -> None:
+    def _start(self, work: Callable[[Grip, memoryview], None]) -> bool:
+        """Start one more thread; whether there may be, and was, one more."""
+        with self._changed:
+            if self._running >= self._most:
+                return False
+            self._running += 1
+        started: list[threading.Thread] = []
         try:
-            grip = self.effort.grip()
-            buffer = memoryview(bytearray(CHUNK))
-            with contextlib.closing(Ahead[_Task](self.effort)) as ahead:
-                for (file, number), question in self._tasks(ahead):
-                    with contextlib.closing(question) if question else contextlib.nullcontext():
-                        if len(file.spans) == 1:
-                            file.descriptor = file.open()
-                        sink = _Sink(self, file, buffer)
-                        Piece(self.effort, grip, file.place, file.file, file.spans[number], sink, question).read()
-                    self._written(file, number, buffer)
+            start_threads(started, 1, functools.partial(self._guarded, work))
+        except RuntimeError:
+            with self._changed:
+                self._running -= 1
+            return False
+        with self._changed:
+            self._threads = [*filter(threading.Thread.is_alive, self._threads), *started]
+        return True
+
+    def _guarded(self, work: Callable[[Grip, memoryview], None]) -> None:
+        try:
+            with self.effort.gripped() as grip:
+                work(grip, memoryview(bytearray(CHUNK)))
         except Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 - raised by the caller's thread
@@ -203,6 +170,51 @@ class _Work:
                 self._error = self._error or error
                 self._changed.notify_all()
             self.effort.quit()
+        finally:
+            with self._changed:
+                self._running -= 1
+
+    def _run(self, grip: Grip, buffer: memoryview) -> None:
+        with contextlib.closing(Ahead[_Task](self.effort)) as ahead:
+            for task, question in self._tasks(ahead):
+                if question is not None and not ahead.silent:
+                    self._ready(task, question, grip, buffer)
+                elif question is None or not self._start(functools.partial(self._one, task, question)):
+                    self._one(task, question, grip, buffer)
+
+    def _one(self, task: _Task, question: Question | None, grip: Grip, buffer: memoryview) -> None:
+        """Bring one part, however long that takes."""
+        with contextlib.closing(question) if question else contextlib.nullcontext():
+            sink, piece = self._opened(task, question, grip, buffer)
+            piece.read()
+        self._written(*task, sink.buffer)
+
+    def _ready(self, task: _Task, question: Question, grip: Grip, buffer: memoryview) -> None:
+        """Take an answer that has begun to come.
+
+        What failed is another thread's to mend: pauses of one that has other answers in hand would add up.
+        """
+        with contextlib.closing(question):
+            sink, piece = self._opened(task, question, grip, buffer)
+            whole = piece.begin()
+
+        def mend(grip: Grip, buffer: memoryview) -> None:
+            sink.buffer = buffer
+            piece.pass_on(grip)
+            piece.read()
+            self._written(*task, buffer)
+
+        if whole:
+            self._written(*task, buffer)
+        elif not self._start(mend):
+            mend(grip, buffer)
+
+    def _opened(self, task: _Task, question: Question | None, grip: Grip, buffer: memoryview) -> tuple["_Sink", Piece]:
+        file, number = task
+        if len(file.spans) == 1:
+            file.descriptor = file.open()
+        sink = _Sink(self, file, buffer)
+        return sink, Piece(self.effort, grip, file.place, file.file, file.spans[number], sink, question)
 
     def _tasks(self, ahead: Ahead[_Task]) -> Iterator[tuple[_Task, Question | None]]:
         """Yield one task after another, and what was asked for it.
@@ -212,9 +224,9 @@ class _Work:
         """
         task = None
         while True:
-            if task is None and len(ahead) < DEPTH:
+            if task is None and not ahead.full:
                 task = self._next(wait=not ahead)
-            if task is not None and ahead.ask(task, task[0].file, task[0].spans[task[1]]):
+            if task is not None and self._is_asked(ahead, task):
                 task = None
             elif ahead:
                 yield ahead.first()
@@ -223,6 +235,13 @@ class _Work:
                 task = None
             else:
                 return
+
+    def _is_asked(self, ahead: Ahead[_Task], task: _Task) -> bool:
+        """Ask ahead, or have another thread do all of it where a connection must be made; whether either could be."""
+        file, number = task
+        if ahead.ask(task, file.file, file.spans[number]):
+            return True
+        return ahead.should_connect(file.file) and self._start(functools.partial(self._one, task, None))
 
     def _next(self, *, wait: bool) -> _Task | None:
         """Return the next task; None where there is none, now or, if that was to be waited for, any more."""
@@ -233,31 +252,31 @@ class _Work:
                 return None
             return self._queue.popleft()
 
-    def _written(self, file: _File, number: int, buffer: memoryview) -> None:
+    def _written(self, file: File, number: int, buffer: memoryview) -> None:
         """Note that a part is written; check what can be checked now; after the last one close the file."""
         if len(file.spans) > 1 and not self._is_last(file, number, buffer):
             return
         problem = file.digests.problem() if file.digests is not None else None
         if problem:
             raise corrupt(file.place, file.file, problem)
-        descriptor, file.descriptor = file.descriptor, _CLOSED
+        descriptor, file.descriptor = file.descriptor, CLOSED
         os.close(descriptor)
         with self._changed:
             self._open.discard(file)
             if len(self._open) <= self._wanted:
                 self._changed.notify_all()
 
-    def _is_last(self, file: _File, number: int, buffer: memoryview) -> bool:
+    def _is_last(self, file: File, number: int, buffer: memoryview) -> bool:
         """Note that a part of several is written; check what can be checked now; whether that was all there is."""
         with self._changed:
             file.done.add(number)
         for span in self._in_order(file):
             if file.digests is not None and file.digests.any:
-                _read_back(file, span, file.digests, buffer)
+                read_back(file, span, file.digests, buffer)
         with self._changed:
             return file.checked == len(file.spans) and file in self._open
 
-    def _in_order(self, file: _File) -> Iterator[Span]:
+    def _in_order(self, file: File) -> Iterator[Span]:
         """Yield the parts that follow those checked, as far as they are written and nobody else is at it."""
         while True:
             with self._changed:
@@ -275,7 +294,7 @@ class _Sink:
     """Writes what comes of one part."""
 
     work: _Work
-    file: _File
+    file: File
     buffer: memoryview
 
     def answered(self, told: Mapping[str, object]) -> None:
@@ -295,24 +314,7 @@ class _Sink:
         if len(self.file.spans) == 1 and self.file.digests is not None:
             self.file.digests.update(view)
         try:
-            _write(self.file.descriptor, view, offset)
+            write(self.file.descriptor, view, offset)
         except OSError as error:  # of the disk: not to be taken for one of the network
             raise SinkBroken from error
         self.work.came(size)
-
-
-def _write(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _read_back(file: _File, span: Span, digests: Digests, buffer: memoryview) -> None:
-    """Let the digests have a part that was written; another process may not have changed it meanwhile."""
-    offset = span.start
-    while offset < span.end:
-        got = os.preadv(file.descriptor, [buffer[: min(len(buffer), span.end - offset)]], offset)
-        if not got:
-            raise OSError(f"{file.file.name!a}: was cut short while it was written")
-        digests.update(buffer[:got])
-        offset += got

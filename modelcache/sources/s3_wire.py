@@ -23,6 +23,11 @@ class Wire:
         self._idle: deque[Connection] = deque()
         self._finalizer = weakref.finalize(self, _close_all, self._idle)
 
+    @property
+    def idle(self) -> bool:
+        """Whether a connection is kept, as far as is known."""
+        return bool(self._idle)
+
     def send(self, target: str, headers: Mapping[str, str]) -> "WireQuestion":
         """Send a GET, whose answer is taken later.
 

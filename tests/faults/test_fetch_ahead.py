@@ -1,6 +1,7 @@
 """Many small files at once: one thread asks for several before it reads, and none of them suffers for another."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from modelcache.errors import AccessDenied, ArtifactChanged, ArtifactCorrupt, ModelCacheError
 from modelcache.sources.s3 import S3Source
 from modelcache.sources.s3_ahead import DEPTH, SMALL
+from modelcache.sources.s3_connection import Connection
 from modelcache.sources.s3_effort import Patience
 from tests.support.proxy import Fault, FaultProxy
 from tests.support.racing import descriptors
@@ -56,6 +58,15 @@ def source_of(bucket: Bucket, proxy: FaultProxy, connections: int = DEPTH, **set
     return source
 
 
+def connected(scene: Scene) -> None:
+    """Let the source of a scene have open connections, as many as it may."""
+    together = threading.Barrier(DEPTH)
+    scene.proxy.script(*[Fault(before=lambda: together.wait(20))] * DEPTH)
+    assert scene.save() == BODIES
+    scene.proxy.script()
+    scene.proxy.forget()
+
+
 @pytest.fixture
 def scene(s3_moto: Store, tmp_path: Path) -> Iterator[Scene]:
     """Return a scene without faults as yet; no answer for 1 s is silence. Afterwards all connections are free."""
@@ -72,6 +83,7 @@ def scene(s3_moto: Store, tmp_path: Path) -> Iterator[Scene]:
 @pytest.mark.parametrize("hooked", [False, True], ids=["our wire", "the client"])
 def test_as_many_answers_as_connections(scene: Scene, hooked: bool) -> None:
     """As many requests are under way as there are connections: by one thread, or where the client asks, by as many."""
+    connected(scene)
     together = threading.Barrier(DEPTH)
     threads: list[int] = []
 
@@ -82,7 +94,8 @@ def test_as_many_answers_as_connections(scene: Scene, hooked: bool) -> None:
     client = scene.bucket.store.at(scene.proxy.endpoint).client()
     if hooked:
         client.meta.events.register("before-sign.s3.GetObject", lambda **about: None)
-    scene.source = S3Source(scene.bucket.url, client=client, connections=DEPTH)
+    if hooked:
+        scene.source = S3Source(scene.bucket.url, client=client, connections=DEPTH)
     scene.proxy.script(*[Fault(before=arrive)] * DEPTH)
     assert scene.save() == BODIES
     assert set(threads) == {DEPTH if hooked else 1}
@@ -152,6 +165,52 @@ def test_f049_f051_f059_one_wrong_answer(
         scene.save()
     scene.proxy.script()
     assert scene.save() == BODIES
+
+
+def test_new_connections_are_made_side_by_side(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To connect takes some round trips, with TLS: 16 connections are made in the time of one."""
+    together = threading.Barrier(DEPTH)
+    connect = Connection.connect
+
+    def slow(connection: Connection) -> None:
+        if connection.fileno() < 0 and not together.broken:
+            together.wait(10)
+        connect(connection)
+
+    artifact = scene.source.find("m")
+    monkeypatch.setattr(Connection, "connect", slow)
+    assert saved(scene.source, artifact, scene.folder) == BODIES
+    assert not together.broken
+
+
+def test_f058_many_silent_answers_are_waited_for_together(scene: Scene) -> None:
+    """F058: kept connections whose peer has gone without a word cost the time of one of them, not of each."""
+    connected(scene)
+    over = threading.Event()
+    scene.proxy.script(*[Fault(before=lambda: over.wait(60))] * DEPTH)
+    start = time.monotonic()
+    assert scene.save() == BODIES
+    assert time.monotonic() - start < 10  # one after the other: 16 times 3 s
+    over.set()
+
+
+def test_f060_pauses_keep_no_other_file_waiting(scene: Scene) -> None:
+    """F060: files that a busy store refuses pause side by side; all others come meanwhile."""
+    connected(scene)
+    pausing = threading.Barrier(5)
+
+    def wait(stop: threading.Event, _: float) -> bool:
+        pausing.wait(20)  # all of them, and the proof that all others are here
+        return stop.is_set()
+
+    def check() -> None:
+        if len(scene.proxy.reads()) == len(BODIES) and pausing.n_waiting == pausing.parties - 1:
+            pausing.wait(20)
+
+    scene.source._patience = Patience(wait=wait)
+    busy = Fault(answer=(503, "SlowDown"))
+    scene.proxy.script(*[busy, Fault()] * 4)
+    assert scene.save(check) == BODIES
 
 
 class _Told(Exception):

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from modelcache.sources.base import RemoteFile
 from modelcache.sources.s3_effort import Effort
-from modelcache.sources.s3_get import Question, Span
+from modelcache.sources.s3_get import BRIEF, Question, Span
 from modelcache.sources.s3_means import TICK
 from modelcache.sources.s3_parts import spans_of
 from modelcache.sources.s3_stream import CONNECTIONS
@@ -22,7 +22,7 @@ SMALL = 64 * 1024
 """Bytes of an object that is asked for ahead: its answer fits into the kernel's buffers, so it keeps nobody waiting."""
 DEPTH = 16
 """Answers that one thread waits for."""
-_LOOKS = 20  # of TICK seconds each, for the next answer; after that all are silent
+_LOOKS = round(BRIEF / TICK)  # for the next answer; after that all are silent
 
 
 class Ahead(Generic[_Task]):
@@ -36,10 +36,14 @@ class Ahead(Generic[_Task]):
 
     def __init__(self, effort: Effort) -> None:
         self._effort = effort
+        self._means = effort.requests.getter.means
+        self._means.join()
         self._poll = select.poll()
         self._asked: dict[int, tuple[_Task, Question]] = {}
         self._ready: list[int] = []
         self._looks = 0  # in vain, since the last answer
+        self._doubted: set[int] = set()
+        self._silent = False
 
     def __len__(self) -> int:
         return len(self._asked)
@@ -54,7 +58,7 @@ class Ahead(Generic[_Task]):
         if file.size > SMALL:
             return False
         try:
-            question = self._effort.requests.getter.ask_ahead(file, span)
+            question = self._effort.requests.getter.ask_ahead(file, span, len(self))
         except Exception:  # noqa: BLE001 - asked again in its turn, where errors are told
             return False
         if question is None:
@@ -67,26 +71,30 @@ class Ahead(Generic[_Task]):
     def should_connect(self, file: RemoteFile) -> bool:
         """Whether a file that can't be asked for ahead could be, over one more connection."""
         try:
-            return file.size <= SMALL and self._effort.requests.getter.should_connect(file)
+            return file.size <= SMALL and self._effort.requests.getter.should_connect(file, len(self))
         except Exception:  # noqa: BLE001 - as above
             return False
 
     @property
     def silent(self) -> bool:
-        """Whether no answer came for a while: what ``first`` returned has not begun to come."""
-        return self._looks >= _LOOKS
+        """Whether what ``first`` returned just now is perhaps not to come, or not soon."""
+        return self._silent
+
+    def doubt(self) -> None:
+        """Take all that is waited for to be silent, as one answer has stopped in the middle."""
+        self._doubted.update(self._asked)
 
     def first(self) -> tuple[_Task, Question]:
         """Return a task whose answer has begun to come, or that which was asked first; the caller closes the latter."""
         while not self._ready and not self._effort.stop.is_set():
-            self._ready = [descriptor for descriptor, _ in self._poll.poll(0 if self.silent else TICK * 1000)]
-            if self._ready:
-                self._looks = 0
-            elif self.silent:
+            given_up = self._looks >= _LOOKS
+            self._ready = [descriptor for descriptor, _ in self._poll.poll(0 if given_up else TICK * 1000)]
+            if given_up and not self._ready:
                 break
-            else:
-                self._looks += 1
+            self._looks = 0 if self._ready else self._looks + 1
         descriptor = self._ready.pop(0) if self._ready else next(iter(self._asked))
+        self._silent = self._looks >= _LOOKS or descriptor in self._doubted
+        self._doubted.discard(descriptor)
         self._poll.unregister(descriptor)
         return self._asked.pop(descriptor)
 
@@ -95,6 +103,7 @@ class Ahead(Generic[_Task]):
         while self._asked:
             _, (_, question) = self._asked.popitem()
             question.close()
+        self._means.leave()
 
 
 def useful(effort: Effort, files: Sequence[RemoteFile], most: int) -> int:

@@ -127,10 +127,16 @@ class Connection:
         if self._socket is None:
             self.http.connect()
             self._socket = self.http.sock
-            self._socket.settimeout(self._host.read)
             if self._host.keepalive:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._poll.register(self._socket, select.POLLIN)
+
+    def wait_up_to(self, seconds: float | None) -> None:
+        """Wait no longer for the next bytes, nor than the user's client would; None: as long as that."""
+        read = self._host.read
+        wanted = read if seconds is None else min(seconds, read or seconds)
+        if self._socket is not None and self._socket.gettimeout() != wanted:  # to set it takes a call of the system
+            self._socket.settimeout(wanted)
 
     def send(self, target: str, headers: Mapping[str, str]) -> None:
         """Send a GET.

@@ -4,16 +4,16 @@ Which of its parts come when is ``s3_saving``'s business.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import attrs
 
 from modelcache.sources.base import RemoteFile
 from modelcache.sources.checksums import Digests, computable
-from modelcache.sources.s3_effort import Effort
+from modelcache.sources.s3_effort import Effort, Requests
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
-from modelcache.sources.s3_parts import spans_of
+from modelcache.sources.s3_parts import SinkBroken, spans_of
 
 CLOSED = -1
 """Descriptor of a file that is not open."""
@@ -57,8 +57,7 @@ def prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callabl
     return File(place, file, put(file), spans, None if checksums is None else Digests(checksums))
 
 
-def write(descriptor: int, view: memoryview, offset: int) -> None:
-    """Write all of it at its place."""
+def _write(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
@@ -73,3 +72,44 @@ def read_back(file: File, span: Span, digests: Digests, buffer: memoryview) -> N
             raise OSError(f"{file.file.name!a}: was cut short while it was written")
         digests.update(buffer[:got])
         offset += got
+
+
+@attrs.define(eq=False)
+class FileSink:
+    """Writes what comes of one part.
+
+    Attributes:
+        file: whose part it is.
+        requests: what to ask, and tell, of its checksums.
+        count: hears of bytes that were written.
+        buffer: where bytes lie on their way.
+    """
+
+    file: File
+    requests: Requests
+    count: Callable[[int], None]
+    buffer: memoryview
+
+    def answered(self, told: Mapping[str, object]) -> None:
+        """Learn the checksums, where they are not known yet."""
+        file = self.file
+        if file.digests is None:
+            known = self.requests.known(told)
+            if known.unchecked:
+                self.requests.tell(file.place, known.unchecked)
+            file.digests = Digests(known.checksums)
+
+    def room(self, _offset: int, /) -> memoryview:
+        """Return the buffer."""
+        return self.buffer
+
+    def came(self, offset: int, size: int) -> None:
+        """Write what is in the buffer."""
+        view = self.buffer[:size]
+        if len(self.file.spans) == 1 and self.file.digests is not None:
+            self.file.digests.update(view)
+        try:
+            _write(self.file.descriptor, view, offset)
+        except OSError as error:  # of the disk: not to be taken for one of the network
+            raise SinkBroken from error
+        self.count(size)

@@ -21,6 +21,8 @@ from modelcache.sources.s3_wire import Wire, WireAnswer, WireQuestion
 
 _GOOD = (200, 206)
 _ERROR_TEXT = 65_536  # bytes of an error's body that are read
+BRIEF = 2.0
+"""Seconds without a byte after which an answer that was asked for ahead is silent."""
 _CHECKSUM = "x-amz-checksum-"
 _HEADERS = {"IfMatch": "If-Match", "Range": "Range", "ChecksumMode": "x-amz-checksum-mode"}
 _TOLD = {
@@ -105,22 +107,33 @@ class Getter:
             means.give()
             raise
 
-    def ask_ahead(self, file: RemoteFile, span: Span) -> "Question | None":
-        """Do the same at once, for an answer that is taken later; None where no open connection is free, or no wire.
+    def ask_ahead(self, file: RemoteFile, span: Span, held: int) -> "Question | None":
+        """Do the same at once, for an answer that is taken later, and waited for only briefly.
+
+        None where no open connection is free, or no wire: to connect takes as long as many answers.
+
+        Args:
+            file: whose bytes are wanted.
+            span: which of them.
+            held: answers that the same fetch waits for.
 
         Raises:
             Exception: as ``ask``.
         """
         means = self.means
-        client = self._clients.get()
-        line = self._line_of(client, file)
-        if line is None or not line[1].idle or not means.take_now():  # to connect takes as long as many answers
+        line = self._line_of(self._clients.get(), file)
+        if line is None or not means.take_now(held):
             return None
         try:
-            return Question(means, self._request(client, line, self._wanted(file, span)))
+            pattern, wire = line
+            asked = wire.send_kept(*_signed(pattern, self._wanted(file, span)), BRIEF)
         except BaseException:
             means.give()
             raise
+        if asked is None:
+            means.give()
+            return None
+        return Question(means, asked)
 
     def can_ask_ahead(self, file: RemoteFile) -> bool:
         """Whether that can ever be, as far as is known."""
@@ -129,10 +142,9 @@ class Getter:
         except Exception:  # noqa: BLE001 - told where the file is asked for
             return False
 
-    def should_connect(self, file: RemoteFile) -> bool:
-        """Whether a file can't be asked for ahead only because one more connection would have to be made."""
-        line = self._line_of(self._clients.get(), file)
-        return line is not None and not line[1].idle and self.means.free
+    def should_connect(self, file: RemoteFile, held: int) -> bool:
+        """Whether a file that can't be asked for ahead could be, over one more connection; ``held`` as there."""
+        return self.can_ask_ahead(file) and self.means.may_take(held)
 
     def _wanted(self, file: RemoteFile, span: Span) -> dict[str, str]:
         """Return the arguments of a GetObject."""
@@ -149,8 +161,7 @@ class Getter:
         if line is None:
             return _Unsent(client, {"Bucket": self._bucket, **wanted, **self._extra.of("GetObject", client)})
         pattern, wire = line
-        headers = {_HEADERS[name]: value for name, value in wanted.items() if name in _HEADERS}
-        return wire.send(*pattern.request(wanted["Key"], wanted.get("VersionId"), headers))
+        return wire.send(*_signed(pattern, wanted))
 
     def _line_of(self, client: Any, file: RemoteFile) -> tuple[Pattern, Wire] | None:
         """Return the wire for this client, where it can have one."""
@@ -168,6 +179,12 @@ class Getter:
                         made = (pattern, Wire(host_of(client, pattern, self._connections)))
                     held = self._line = (process, client, made)
         return held[2]
+
+
+def _signed(pattern: Pattern, wanted: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return target and headers of a request."""
+    headers = {_HEADERS[name]: value for name, value in wanted.items() if name in _HEADERS}
+    return pattern.request(wanted["Key"], wanted.get("VersionId"), headers)
 
 
 @attrs.frozen
@@ -198,6 +215,11 @@ class Question:
     def fileno(self) -> int:
         """Return the descriptor that becomes readable with the answer; of what was asked ahead."""
         return self._request.fileno() if isinstance(self._request, WireQuestion) else -1
+
+    def be_patient(self) -> None:
+        """Wait for what was asked ahead as for anything else."""
+        if isinstance(self._request, WireQuestion):
+            self._request.be_patient()
 
     def answer(self, grip: Grip) -> Answer:
         """Wait for the answer.

@@ -24,11 +24,12 @@ class Means:
     """
 
     def __init__(self, most: int) -> None:
-        # Guards the two numbers of what is free; nothing is done under it. Reentrant, as a stream may be closed by
-        # a finalizer or a signal handler that interrupts just this.
+        # Guards the numbers of what is free, and of who wants it; nothing is done under it. Reentrant, as a stream may
+        # be closed by a finalizer or a signal handler that interrupts just this.
         self._changed = threading.Condition(threading.RLock())
+        self._most = most
         self._connections = most
-        self._waiting = 0
+        self._waiting = self._sharing = 0
         self._buffers = most
 
     def take(self, grip: Grip) -> None:
@@ -48,19 +49,31 @@ class Means:
             finally:
                 self._waiting -= 1
 
-    def take_now(self) -> bool:
-        """Take a connection that nobody waits for; whether there was one."""
+    def join(self) -> None:
+        """Count a fetch among those that take connections ahead, until ``leave``: they have equal shares of them."""
         with self._changed:
-            if self._connections <= self._waiting:
-                return False
-            self._connections -= 1
-            return True
+            self._sharing += 1
 
-    @property
-    def free(self) -> bool:
-        """Whether there is a connection that nobody waits for."""
+    def leave(self) -> None:
+        """Count it no more."""
         with self._changed:
-            return self._connections > self._waiting
+            self._sharing -= 1
+
+    def take_now(self, held: int) -> bool:
+        """Take a connection that nobody waits for, and that is no other fetch's; whether there was one.
+
+        Args:
+            held: connections that the fetch holds.
+        """
+        with self._changed:
+            allowed = self.may_take(held)
+            self._connections -= allowed
+            return allowed
+
+    def may_take(self, held: int) -> bool:
+        """Whether ``take_now`` would."""
+        with self._changed:
+            return self._connections > self._waiting and held * self._sharing < self._most
 
     def give(self) -> None:
         """Give a connection back."""

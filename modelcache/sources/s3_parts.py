@@ -16,6 +16,7 @@ from modelcache.sources.s3_connection import Answer, Grip
 from modelcache.sources.s3_effort import Effort, Stopped
 from modelcache.sources.s3_errors import Place, Verdict, judge
 from modelcache.sources.s3_get import Question, Span
+from modelcache.sources.s3_wire import Stale
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,9 @@ class Piece:
         span: which bytes of it.
         sink: where they go.
         question: what was asked already; closed here.
+
+    Attributes:
+        stalled: whether ``begin`` waited in vain.
     """
 
     def __init__(
@@ -88,11 +92,15 @@ class Piece:
         self._failures = 0
         self._asked = False
         self._error: Exception | None = None
+        self.stalled = False
 
     def begin(self) -> bool:
         """Try once; whether that brought all its bytes. What went wrong is ``read``'s to mend, or to raise."""
         try:
             self._request()
+        except (TimeoutError, Stale):  # what is no failure yet is not waited for here
+            self.stalled = True
+            return False
         except Exception as error:  # noqa: BLE001 - raised again by ``read`` unless it can be mended
             self._error = error
             return False

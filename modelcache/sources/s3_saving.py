@@ -10,24 +10,19 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
-import attrs
+from collections.abc import Callable, Iterator, Sequence
 
 from modelcache.sources.base import RemoteFile
-from modelcache.sources.checksums import Digests
-from modelcache.sources.s3_ahead import Ahead, useful
+from modelcache.sources.s3_ahead import SMALL, Ahead, useful
 from modelcache.sources.s3_connection import Grip
 from modelcache.sources.s3_effort import Effort, Stopped
 from modelcache.sources.s3_errors import Place
-from modelcache.sources.s3_file import CLOSED, File, prepared, read_back, write
+from modelcache.sources.s3_file import CLOSED, File, FileSink, prepared, read_back
 from modelcache.sources.s3_get import Question, Span
 from modelcache.sources.s3_means import TICK, start_threads
-from modelcache.sources.s3_parts import CHUNK, Piece, SinkBroken, corrupt
+from modelcache.sources.s3_parts import CHUNK, Piece, corrupt
 
 _AHEAD = 64  # files made room for before their turn has come
-
-
 _Task = tuple[File, int]  # a file, and the number of one of its parts
 
 
@@ -178,25 +173,29 @@ class _Work:
         with contextlib.closing(Ahead[_Task](self.effort)) as ahead:
             for task, question in self._tasks(ahead):
                 if question is not None and not ahead.silent:
-                    self._ready(task, question, grip, buffer)
+                    if not self._ready(task, question, grip, buffer):
+                        ahead.doubt()
                 elif question is None or not self._start(functools.partial(self._one, task, question)):
                     self._one(task, question, grip, buffer)
 
     def _one(self, task: _Task, question: Question | None, grip: Grip, buffer: memoryview) -> None:
         """Bring one part, however long that takes."""
         with contextlib.closing(question) if question else contextlib.nullcontext():
+            if question is not None:
+                question.be_patient()
             sink, piece = self._opened(task, question, grip, buffer)
             piece.read()
         self._written(*task, sink.buffer)
 
-    def _ready(self, task: _Task, question: Question, grip: Grip, buffer: memoryview) -> None:
-        """Take an answer that has begun to come.
+    def _ready(self, task: _Task, question: Question, grip: Grip, buffer: memoryview) -> bool:
+        """Take an answer that has begun to come; whether it did not stop in the middle.
 
         What failed is another thread's to mend: pauses of one that has other answers in hand would add up.
         """
         with contextlib.closing(question):
             sink, piece = self._opened(task, question, grip, buffer)
             whole = piece.begin()
+            stalled = piece.stalled
 
         def mend(grip: Grip, buffer: memoryview) -> None:
             sink.buffer = buffer
@@ -208,12 +207,13 @@ class _Work:
             self._written(*task, buffer)
         elif not self._start(mend):
             mend(grip, buffer)
+        return not stalled
 
-    def _opened(self, task: _Task, question: Question | None, grip: Grip, buffer: memoryview) -> tuple["_Sink", Piece]:
+    def _opened(self, task: _Task, question: Question | None, grip: Grip, buffer: memoryview) -> tuple[FileSink, Piece]:
         file, number = task
         if len(file.spans) == 1:
             file.descriptor = file.open()
-        sink = _Sink(self, file, buffer)
+        sink = FileSink(file, self.effort.requests, self.came, buffer)
         return sink, Piece(self.effort, grip, file.place, file.file, file.spans[number], sink, question)
 
     def _tasks(self, ahead: Ahead[_Task]) -> Iterator[tuple[_Task, Question | None]]:
@@ -225,7 +225,7 @@ class _Work:
         task = None
         while True:
             if task is None and not ahead.full:
-                task = self._next(wait=not ahead)
+                task = self._next(alone=not ahead)
             if task is not None and self._is_asked(ahead, task):
                 task = None
             elif ahead:
@@ -243,12 +243,12 @@ class _Work:
             return True
         return ahead.should_connect(file.file) and self._start(functools.partial(self._one, task, None))
 
-    def _next(self, *, wait: bool) -> _Task | None:
-        """Return the next task; None where there is none, now or, if that was to be waited for, any more."""
+    def _next(self, *, alone: bool) -> _Task | None:
+        """Return the next task; ``alone``: wait for one, and take any; else leave what takes long to other threads."""
         with self._changed:
-            while wait and not self._queue and not self._closed and not self.effort.stop.is_set():
+            while alone and not self._queue and not self._closed and not self.effort.stop.is_set():
                 self._changed.wait(TICK)
-            if self.effort.stop.is_set() or not self._queue:
+            if self.effort.stop.is_set() or not self._queue or not (alone or self._queue[0][0].file.size <= SMALL):
                 return None
             return self._queue.popleft()
 
@@ -287,34 +287,3 @@ class _Work:
             with self._changed:
                 file.checking = False
                 file.checked += 1
-
-
-@attrs.define(eq=False)
-class _Sink:
-    """Writes what comes of one part."""
-
-    work: _Work
-    file: File
-    buffer: memoryview
-
-    def answered(self, told: Mapping[str, object]) -> None:
-        file = self.file
-        if file.digests is None:
-            requests = self.work.effort.requests
-            known = requests.known(told)
-            if known.unchecked:
-                requests.tell(file.place, known.unchecked)
-            file.digests = Digests(known.checksums)
-
-    def room(self, _offset: int, /) -> memoryview:
-        return self.buffer
-
-    def came(self, offset: int, size: int) -> None:
-        view = self.buffer[:size]
-        if len(self.file.spans) == 1 and self.file.digests is not None:
-            self.file.digests.update(view)
-        try:
-            write(self.file.descriptor, view, offset)
-        except OSError as error:  # of the disk: not to be taken for one of the network
-            raise SinkBroken from error
-        self.work.came(size)

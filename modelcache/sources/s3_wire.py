@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from modelcache.sources.s3_connection import Connection, Grip, Host, Response
 
 
+class Stale(ConnectionError):
+    """The peer had closed a kept connection before a request came over it."""
+
+
 class Wire:
     """Connections to one host.
 
@@ -23,11 +27,6 @@ class Wire:
         self._idle: deque[Connection] = deque()
         self._finalizer = weakref.finalize(self, _close_all, self._idle)
 
-    @property
-    def idle(self) -> bool:
-        """Whether a connection is kept, as far as is known."""
-        return bool(self._idle)
-
     def send(self, target: str, headers: Mapping[str, str]) -> "WireQuestion":
         """Send a GET, whose answer is taken later.
 
@@ -35,19 +34,36 @@ class Wire:
             OSError: no connection.
             ValueError: a header with a line break, or another character that does not belong in one.
         """
+        kept = self.send_kept(target, headers)
+        return kept or self._send(Connection(self._host), target, headers, None, used=False)
+
+    def send_kept(self, target: str, headers: Mapping[str, str], brief: float | None = None) -> "WireQuestion | None":
+        """Do the same over a connection that is kept; None where there is none.
+
+        Args:
+            target: path and query.
+            headers: of the request.
+            brief: seconds to wait for the next bytes, as long as ``be_patient`` is not called; None: as ``send``.
+
+        Raises:
+            ValueError: as ``send``.
+        """
         while (connection := self._take()) is not None:
             with contextlib.suppress(ConnectionError):  # closed by the peer meanwhile
-                return self._send(connection, target, headers, used=True)
-        return self._send(Connection(self._host), target, headers, used=False)
+                return self._send(connection, target, headers, brief, used=True)
+        return None
 
-    def _send(self, connection: Connection, target: str, headers: Mapping[str, str], *, used: bool) -> "WireQuestion":
+    def _send(
+        self, connection: Connection, target: str, headers: Mapping[str, str], brief: float | None, *, used: bool
+    ) -> "WireQuestion":
         try:
             connection.connect()
+            connection.wait_up_to(brief)
             connection.send(target, headers)
         except BaseException:
             connection.close()
             raise
-        return WireQuestion(self, connection, target, headers, used=used)
+        return WireQuestion(self, connection, target, headers, used=used, brief=brief is not None)
 
     def _take(self) -> Connection | None:
         while self._idle:
@@ -73,23 +89,37 @@ class WireQuestion:
     """
 
     def __init__(
-        self, wire: Wire, connection: Connection, target: str, headers: Mapping[str, str], *, used: bool
+        self,
+        wire: Wire,
+        connection: Connection,
+        target: str,
+        headers: Mapping[str, str],
+        *,
+        used: bool,
+        brief: bool,
     ) -> None:
         self._wire = wire
         self._connection = connection
         self._open = True  # until the answer is taken, or given up
         self._target = target
         self._headers = headers
+        self._brief = brief
         self._used = used  # a connection that was kept: its peer may have closed it just before
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable with the answer."""
         return self._connection.fileno()
 
+    def be_patient(self) -> None:
+        """Wait for the next bytes as long as the user's client would."""
+        self._brief = False
+        self._connection.wait_up_to(None)
+
     def answer(self, grip: Grip) -> "WireAnswer":
         """Wait for the answer, and return it, whatever its status; asked once more where the connection was too old.
 
         Raises:
+            Stale: the connection was too old, and the answer is not to be waited for.
             OSError, http.client.HTTPException: no answer.
         """
         self._open = False
@@ -101,6 +131,8 @@ class WireQuestion:
             self._connection.close()
             if not self._used or grip.torn or not isinstance(error, ConnectionError | http.client.BadStatusLine):
                 raise
+            if self._brief:
+                raise Stale from error
         return self._wire.send(self._target, self._headers).answer(grip)
 
     def close(self) -> None:

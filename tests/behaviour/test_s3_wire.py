@@ -290,9 +290,9 @@ def test_means_are_given_back() -> None:
     assert means.grant(2) == 2
     grip = Grip()
     means.take(grip)
-    assert means.take_now()
+    assert means.take_now(0)
     means.take(grip)
-    assert not means.take_now()
+    assert not means.take_now(0)
     grip.tear()
     with pytest.raises(ConnectionAbortedError):
         means.take(grip)
@@ -300,7 +300,18 @@ def test_means_are_given_back() -> None:
     means.take(grip)
     for _ in range(3):
         means.give()
-    assert [means.take_now() for _ in range(4)] == [True, True, True, False]
+    assert [means.take_now(0) for _ in range(4)] == [True, True, True, False]
+
+
+def test_means_are_shared() -> None:
+    """Each fetch that takes connections ahead has its share of them, rounded up."""
+    means = Means(5)
+    means.join()
+    assert means.may_take(4)
+    means.join()
+    assert [means.may_take(held) for held in (2, 3)] == [True, False]
+    means.leave()
+    assert means.may_take(4)
 
 
 def test_who_waits_for_a_connection_gets_it() -> None:
@@ -312,6 +323,6 @@ def test_who_waits_for_a_connection_gets_it() -> None:
     taker.start()
     eventually(lambda: means._waiting == 1)
     means.give()
-    assert not means.take_now()
+    assert not means.take_now(0)
     taker.join(10)
     assert not taker.is_alive()

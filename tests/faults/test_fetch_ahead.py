@@ -194,6 +194,50 @@ def test_f058_many_silent_answers_are_waited_for_together(scene: Scene) -> None:
     over.set()
 
 
+@pytest.mark.parametrize("begun", [0, SIZE // 2])
+def test_f058_many_that_stop_in_the_middle_are_waited_for_together(scene: Scene, begun: int) -> None:
+    """F058: answers that have begun to come, and go on no more, cost the time of two of them, not of each."""
+    scene.source = source_of(scene.bucket, scene.proxy, read_timeout=3)
+    connected(scene)
+    scene.proxy.script(*[Fault(silent=begun)] * DEPTH)
+    start = time.monotonic()
+    assert scene.save() == BODIES
+    assert time.monotonic() - start < 15  # one after the other: 16 times 2 s
+
+
+def test_downloads_share_connections(scene: Scene) -> None:
+    """A download that comes while another has all connections soon has as many."""
+    connected(scene)
+    others = {f"{number:02}": noise(SIZE, 100 + number) for number in range(40)}
+    for name, body in others.items():
+        scene.bucket.put(f"n/{name}", body)
+    first, second = (scene.source.find(model) for model in "mn")
+    together = threading.Barrier(DEPTH)
+    began, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        began.set()
+        gate.wait(20)
+
+    scene.proxy.script(*[Fault(before=hold)] * DEPTH, *[Fault(before=lambda: together.wait(20))] * DEPTH)
+    got: dict[str, dict[str, bytes]] = {}
+
+    def one(name: str, artifact: Any) -> None:
+        got[name] = saved(scene.source, artifact, scene.folder / name)
+
+    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in (("m", first), ("n", second))]
+    threads[0].start()
+    assert began.wait(20)
+    threads[1].start()
+    eventually(lambda: scene.source._getter.means._sharing == 2)
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert got == {"m": BODIES, "n": others}
+    under_way = scene.proxy.reads()[DEPTH : 2 * DEPTH]  # all at once
+    assert sum("/n/" in request.path for request in under_way) >= DEPTH // 2 - 1
+
+
 def test_f060_pauses_keep_no_other_file_waiting(scene: Scene) -> None:
     """F060: files that a busy store refuses pause side by side; all others come meanwhile."""
     connected(scene)

@@ -17,7 +17,8 @@ class Means:
     """So many connections, and as many buffers.
 
     Concurrency: may be called from all threads of one process. A connection is held for one request only, never
-    while its bytes wait to be used, so that a fetch that stands still takes none from the others.
+    while its bytes wait to be used, so that a fetch that stands still takes none from the others; answers of small
+    files, asked for ahead, wait for no more than the disk.
 
     Args:
         most: connections at once. Buffers are as many, but each fetch gets one at least.

@@ -12,11 +12,14 @@ import socket
 import ssl
 import threading
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
-_BUFFER = 32 * 1024
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
+
+_BUFFER = 32 * 1024  # bytes: a small object comes with one look
 _PLAIN = re.compile(rb"HTTP/1\.1 (200|206) ([^\r\n]*)\r\n((?:[!#-'*+.^-z|~\w-]+:[^\r\n\0]*\r\n)+)\r\n")
 _HEADER = re.compile(r"([^:]+):[ \t]*([^\r]*?)[ \t]*\r\n")
 
@@ -120,6 +123,7 @@ class Connection:
         else:
             self.http = http.client.HTTPSConnection(host.name, host.port, timeout=host.connect, context=host.tls)
         self._socket: socket.socket | None = None
+        self._buffer = bytearray(_BUFFER)
         self._poll = select.poll()
 
     def connect(self) -> None:
@@ -149,9 +153,13 @@ class Connection:
             raise ValueError("a request with a line break, or another character that does not belong in a header")
         self.http.send("\r\n".join((*lines, "", "")).encode("latin-1"))
 
-    def answer(self) -> "Response":
-        """Read the head of the answer."""
-        response = Response(_Wide(self.http.sock), method="GET")  # type: ignore[arg-type] # asked for its file only
+    def answer(self) -> "Plain | Response":
+        """Read the head of the answer, and what comes with it."""
+        came = memoryview(self._buffer)[: self.http.sock.recv_into(self._buffer)]
+        plain = _plain(self.http.sock, came)
+        if plain is not None:
+            return plain
+        response = Response(_Resumed(self.http.sock, came), method="GET")  # type: ignore[arg-type] # for its file only
         try:
             response.begin()
         except BaseException:
@@ -178,20 +186,93 @@ class Connection:
         self.http.close()
 
 
+class Plain:
+    """An answer of known length on a connection that stays, whose head came at once.
+
+    ``http.client`` has the parser for e-mail for the heads of all answers: a quarter of a small file's time.
+
+    Attributes:
+        status: HTTP status.
+        told: its headers, names in lower case.
+        length: bytes still to come.
+        will_close: whether the connection can't be used again.
+    """
+
+    def __init__(self, at: socket.socket, status: int, told: dict[str, str], length: int, came: memoryview) -> None:
+        self._socket = at
+        self._came = came
+        self.status = status
+        self.told = told
+        self.length = length
+        self.will_close = len(came) > length  # what nobody asked for
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Fill a buffer from the body; 0 at its end."""
+        view = view[: self.length]
+        if self._came:
+            size = min(len(view), len(self._came))
+            view[:size] = self._came[:size]
+            self._came = self._came[size:]
+        else:
+            size = self._socket.recv_into(view) if view else 0
+        self.length -= size
+        return size
+
+    def isclosed(self) -> bool:
+        """Whether nothing more is to come."""
+        return not self.length
+
+    def close(self) -> None:
+        """Do nothing: there is nothing beside the connection."""
+
+
+def _plain(at: socket.socket, came: memoryview) -> Plain | None:
+    """Return the answer whose head this is, if it is whole and plain."""
+    head = _PLAIN.match(came)
+    if head is None:
+        return None
+    found = _HEADER.findall(str(head[3], "latin-1"))
+    told = {name.lower(): value for name, value in found}
+    length = told.get("content-length", "")
+    stays = told.get("connection", "keep-alive").lower() == "keep-alive"
+    if len(told) < len(found) or "transfer-encoding" in told or not stays or not length.isdecimal():
+        return None
+    return Plain(at, int(head[1]), told, int(length), came[head.end() :])
+
+
 @attrs.frozen
-class _Wide:
-    """A socket whose file has a buffer that a small object fits into: it comes with one look."""
+class _Resumed:
+    """A socket of which something has been read already."""
 
     socket: socket.socket
+    came: memoryview
 
-    def makefile(self, _mode: str) -> io.IOBase:
-        return self.socket.makefile("rb", _BUFFER)
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Joined(self.socket, bytes(self.came)), _BUFFER)
+
+
+class _Joined(io.RawIOBase):
+    """What came of an answer, then what comes."""
+
+    def __init__(self, at: socket.socket, came: bytes) -> None:
+        self._socket = at
+        self._came = came
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, view: "Buffer", /) -> int:
+        view = memoryview(view)
+        if not self._came:
+            return self._socket.recv_into(view)
+        size = min(len(view), len(self._came))
+        view[:size] = self._came[:size]
+        self._came = self._came[size:]
+        return size
 
 
 class Response(http.client.HTTPResponse):
-    """An answer whose head is read by one look at it, if that shows it to be whole and plain.
-
-    The parser that ``http.client`` has for all others is the one for e-mail: a quarter of a small file's time.
+    """Any other answer.
 
     Attributes:
         told: its headers, names in lower case; of a name that comes twice the last.
@@ -199,24 +280,5 @@ class Response(http.client.HTTPResponse):
 
     def begin(self) -> None:
         """Read the head."""
-        if not self._is_plain(self.fp.peek(1)):
-            super().begin()
-            self.told = {name.lower(): str(value) for name, value in self.headers.raw_items()}
-
-    def _is_plain(self, ahead: bytes) -> bool:
-        """Whether this was the head of an answer of known length on a connection that stays."""
-        head = _PLAIN.match(ahead)
-        if head is None:
-            return False
-        found = _HEADER.findall(head[3].decode("latin-1"))
-        self.told = {name.lower(): value for name, value in found}
-        length = self.told.get("content-length", "")
-        stays = self.told.get("connection", "keep-alive").lower() == "keep-alive"
-        if len(self.told) < len(found) or "transfer-encoding" in self.told or not stays or not length.isdecimal():
-            return False
-        self.fp.read(head.end())
-        self.version, self.reason = 11, head[2].decode("latin-1")
-        self.code = self.status = int(head[1])
-        self.chunked = self.will_close = False
-        self.length = int(length)
-        return True
+        super().begin()
+        self.told = {name.lower(): str(value) for name, value in self.headers.raw_items()}

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 
-from modelcache.sources.s3_connection import Connection, Grip, Host, Response
+from modelcache.sources.s3_connection import Connection, Grip, Host, Plain, Response
 
 
 class Stale(ConnectionError):
@@ -151,7 +151,7 @@ class WireAnswer:
         told: as :class:`Answer` has it; filled in by whoever knows the names.
     """
 
-    def __init__(self, wire: Wire, connection: Connection, response: Response, grip: Grip) -> None:
+    def __init__(self, wire: Wire, connection: Connection, response: Plain | Response, grip: Grip) -> None:
         self._wire = wire
         self._connection: Connection | None = connection
         self._response = response

@@ -81,7 +81,7 @@ def test_connections_are_kept(bucket: Bucket, fault_proxy: FaultProxy) -> None:
 
 
 @contextlib.contextmanager
-def _answering(answer: bytes) -> Iterator[tuple[S3Source, list[bool]]]:
+def _answering(answer: bytes, piece: int = 2**20) -> Iterator[tuple[S3Source, list[bool]]]:
     """Give a source that gets this answer to each request, and the requests: whether each was a connection's first."""
     asked: list[bool] = []
 
@@ -93,7 +93,8 @@ def _answering(answer: bytes) -> Iterator[tuple[S3Source, list[bool]]]:
                     pass
                 asked.append(first)
                 first = False
-                connection.sendall(answer)
+                for start in range(0, len(answer), piece):
+                    connection.sendall(answer[start : start + piece])
                 if b"close" in answer or b"HTTP/1.0" in answer:
                     return
 
@@ -125,6 +126,7 @@ _CHUNKED = b"Transfer-Encoding: chunked\r\n"
     ("head", "body", "kept"),
     [
         (b"HTTP/1.1 200 OK\r\n" + _LENGTH, b"12345", True),
+        (b"HTTP/1.1 200 OK\r\n" + _LENGTH, b"12345HTTP/1.1 200 OK", False),
         (b"HTTP/1.1 200 \r\nX-Amz-Meta-A:\r\nconnection:  Keep-Alive \r\ncontent-length:5 \r\n", b"12345", True),
         (b"HTTP/1.1 200\r\n" + _LENGTH, b"12345", True),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n" + _LENGTH, b"12345", True),
@@ -139,6 +141,7 @@ _CHUNKED = b"Transfer-Encoding: chunked\r\n"
     ],
     ids=[
         "plain",
+        "more than asked for",
         "spaces",
         "bare",
         "continue",
@@ -159,6 +162,19 @@ def test_heads(head: bytes, body: bytes, kept: bool) -> None:
         assert content(source, artifact, artifact.files[0]) == b"12345"
         assert content(source, artifact, artifact.files[0]) == b"12345"
         assert asked == [True, not kept]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 60])
+@pytest.mark.parametrize("head", [b"", _CHUNKED], ids=["plain", "chunked"])
+def test_head_in_pieces(head: bytes, piece: int) -> None:
+    """A head may come in pieces of any size, with or without the first bytes of the body."""
+    body = b"2\r\n12\r\n3\r\n345\r\n0\r\n\r\n" if head else b"12345"
+    answer = b'HTTP/1.1 200 OK\r\nETag: "1"\r\n' + (head or _LENGTH) + b"\r\n" + body
+    with _answering(answer, piece) as (source, asked):
+        artifact = _artifact(b"12345")
+        for _ in range(20):
+            assert content(source, artifact, artifact.files[0]) == b"12345"
+        assert asked == [True] + [False] * 19
 
 
 @pytest.mark.parametrize("etag", ['"2"', 'W/"2"'])

@@ -11,6 +11,8 @@ from modelcache.flights import Flight
 from modelcache.identity import me
 from modelcache.machinery import Machinery
 
+_PATIENCE = 5.0  # seconds
+
 
 class Life:
     """Closes one cache, and carries it over forks.
@@ -64,6 +66,7 @@ class Life:
         ended = parts.workers.stop(left) & parts.hooks.close(left)
         self._await_releases(0.5 if deadline is None else min(deadline - time.monotonic(), 0.5))
         self._await_flights(deadline)  # and whoever has just released the last lease of a model, and unloads it
+        self._await_closers(_PATIENCE if deadline is None else min(deadline - time.monotonic(), _PATIENCE))
         gone = parts.finish() and parts.monitor.stop(left) and ended  # a lease left over still needs the monitor
         parts.pass_on()
         return gone
@@ -101,6 +104,16 @@ class Life:
         parts, until = self._parts, time.monotonic() + grace
         with parts.guard:
             while parts.residents.holding_threads() - parts.flights.closers:
+                left = until - time.monotonic()
+                if left <= 0:
+                    return
+                parts.guard.wait(left)
+
+    def _await_closers(self, grace: float) -> None:
+        """Wait for what another thread unloads that closes the cache; not for long: its ``unload=`` may wait here."""
+        parts, until = self._parts, time.monotonic() + grace
+        with parts.guard:
+            while any(entry.retirer is not me() for entry in parts.residents.leaving):
                 left = until - time.monotonic()
                 if left <= 0:
                     return

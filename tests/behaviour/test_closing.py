@@ -496,3 +496,22 @@ def test_close_from_a_signal_handler_at_any_moment(tmp_path: Path) -> None:
     """.replace("{folder!r}", repr(str(tmp_path / "disk2")))
     done = run(tmp_path, program, timeout=18)
     assert done.stdout.endswith("all\n"), done.stdout + done.stderr
+
+
+def test_close_waits_for_what_another_close_unloads(make_cache: MakeCache, spawn: Spawn) -> None:
+    """Two threads close one cache: neither says that something is left which the other one is just unloading."""
+    began, go = threading.Event(), threading.Event()
+
+    def unload(_: object) -> None:
+        began.set()
+        assert go.wait(10)
+
+    cache = make_cache(DictSource().add("a"), Book(unload=unload))
+    cache.get("a")
+    first = spawn(lambda: cache.close(timeout=10))
+    assert began.wait(10)
+    second = spawn(lambda: cache.close(timeout=10))
+    eventually(lambda: len(cache._parts.flights.closers) == 2)
+    go.set()
+    assert first.result() is True
+    assert second.result() is True

@@ -84,14 +84,18 @@ class Ahead(Generic[_Task]):
         """Take all that is waited for to be silent, as one answer has stopped in the middle."""
         self._doubted.update(self._asked)
 
-    def first(self) -> tuple[_Task, Question]:
-        """Return a task whose answer has begun to come, or that which was asked first; the caller closes the latter."""
-        while not self._ready and not self._effort.stop.is_set():
-            given_up = self._looks >= _LOOKS
+    def first(self) -> tuple[_Task, Question] | None:
+        """Return a task whose answer has begun to come, or, if all are silent, that which was asked first.
+
+        None where nothing came for a moment, in which there may be more to ask for. The caller closes the question.
+        """
+        if not self._ready:
+            given_up = self._looks >= _LOOKS or self._effort.stop.is_set()
             self._ready = [descriptor for descriptor, _ in self._poll.poll(0 if given_up else TICK * 1000)]
-            if given_up and not self._ready:
-                break
-            self._looks = 0 if self._ready else self._looks + 1
+            if not self._ready and not given_up:
+                self._looks += 1
+                return None
+            self._looks = 0 if self._ready else self._looks
         descriptor = self._ready.pop(0) if self._ready else next(iter(self._asked))
         self._silent = self._looks >= _LOOKS or descriptor in self._doubted
         self._doubted.discard(descriptor)

@@ -229,7 +229,9 @@ class _Work:
             if task is not None and self._is_asked(ahead, task):
                 task = None
             elif ahead:
-                yield ahead.first()
+                first = ahead.first()
+                if first is not None:
+                    yield first
             elif task is not None:
                 yield task, None
                 task = None

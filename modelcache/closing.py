@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from modelcache import lifecycle
@@ -11,7 +12,7 @@ from modelcache.flights import Flight
 from modelcache.identity import me
 from modelcache.machinery import Machinery
 
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 5.0  # seconds for another thread that closes the same cache
 
 
 class Life:
@@ -101,23 +102,19 @@ class Life:
 
     def _await_releases(self, grace: float) -> None:
         """Wait a moment for lookups that have just got their model and are about to let it go."""
-        parts, until = self._parts, time.monotonic() + grace
-        with parts.guard:
-            while parts.residents.holding_threads() - parts.flights.closers:
-                left = until - time.monotonic()
-                if left <= 0:
-                    return
-                parts.guard.wait(left)
+        parts = self._parts
+        self._await(lambda: bool(parts.residents.holding_threads() - parts.flights.closers), grace)
 
     def _await_closers(self, grace: float) -> None:
         """Wait for what another thread unloads that closes the cache; not for long: its ``unload=`` may wait here."""
-        parts, until = self._parts, time.monotonic() + grace
-        with parts.guard:
-            while any(entry.retirer is not me() for entry in parts.residents.leaving):
-                left = until - time.monotonic()
-                if left <= 0:
-                    return
-                parts.guard.wait(left)
+        self._await(lambda: any(entry.retirer is not me() for entry in self._parts.residents.leaving), grace)
+
+    def _await(self, busy: Callable[[], bool], grace: float) -> None:
+        """Wait no longer than ``grace`` seconds for something to end; ``busy`` is asked with the guard held."""
+        until = time.monotonic() + grace
+        with self._parts.guard:
+            while busy() and (left := until - time.monotonic()) > 0:
+                self._parts.guard.wait(left)
 
     def _await_flights(self, deadline: float | None) -> None:
         """Wait for flights, and for unloads on other threads; flights that outlast the deadline are told to stop."""

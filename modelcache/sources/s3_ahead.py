@@ -70,10 +70,7 @@ class Ahead(Generic[_Task]):
 
     def should_connect(self, file: RemoteFile) -> bool:
         """Whether a file that can't be asked for ahead could be, over one more connection."""
-        try:
-            return file.size <= SMALL and self._effort.requests.getter.should_connect(file, len(self))
-        except Exception:  # noqa: BLE001 - as above
-            return False
+        return file.size <= SMALL and self._effort.requests.getter.should_connect(file, len(self))
 
     @property
     def silent(self) -> bool:

@@ -124,16 +124,14 @@ class Getter:
         line = self._line_of(self._clients.get(), file)
         if line is None or not means.take_now(held):
             return None
+        pattern, wire = line
+        asked = None
         try:
-            pattern, wire = line
             asked = wire.send_kept(*_signed(pattern, self._wanted(file, span)), BRIEF)
-        except BaseException:
-            means.give()
-            raise
-        if asked is None:
-            means.give()
-            return None
-        return Question(means, asked)
+        finally:
+            if asked is None:
+                means.give()
+        return None if asked is None else Question(means, asked)
 
     def can_ask_ahead(self, file: RemoteFile) -> bool:
         """Whether that can ever be, as far as is known."""

@@ -72,7 +72,7 @@ class _Work:
         # Guards the queue, the numbers, the error, and what of a file is written and checked. Under it nothing is
         # done but waiting. Reentrant, as a signal handler's own code may interrupt the caller here.
         self._changed = threading.Condition(threading.RLock())
-        self._queue: deque[tuple[File, int]] = deque()
+        self._queue: deque[_Task] = deque()
         self._open: set[File] = set()
         self._closed = False
         self._came = 0

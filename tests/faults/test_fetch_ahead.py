@@ -94,10 +94,9 @@ def test_as_many_answers_as_connections(scene: Scene, monkeypatch: pytest.Monkey
         together.wait(20)
         threads.append(fetchers())
 
-    client = scene.bucket.store.at(scene.proxy.endpoint).client()
     if hooked:
+        client = scene.bucket.store.at(scene.proxy.endpoint).client()
         client.meta.events.register("before-sign.s3.GetObject", lambda **about: None)
-    if hooked:
         scene.source = S3Source(scene.bucket.url, client=client, connections=DEPTH)
     scene.proxy.script(*[Fault(before=arrive)] * DEPTH)
     assert scene.save() == BODIES

@@ -107,7 +107,7 @@ def _fetch_files(
         source.save(artifact, lambda file: writer.reserve(file.name, file.size), count=count, check=check)
         return
     for file in artifact.files:
-        with source.open(artifact, file) as stream, writer.file(file.name) as write:
+        with source.open(artifact, file) as stream, writer.file(file.name, size=file.size) as write:
             watched = _Watched(stream, check, count)
             while chunk := watched.read(_CHUNK):
                 write(chunk)

@@ -16,6 +16,7 @@ ORDER = (
     # Ground floor first. A module may import what stands before it, and from its own package.
     "errors",
     "units",
+    "blocks",
     "ids",
     "calling",
     "events",

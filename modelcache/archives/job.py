@@ -9,8 +9,6 @@ import attrs
 from modelcache.errors import ArtifactCorrupt, UnsafeArtifact
 from modelcache.units import format_bytes
 
-BLOCK = 4096
-"""Bytes that file systems allocate at a time."""
 CHUNK = 256 * 1024
 """Bytes read and written at a time."""
 _SHOWN = 200
@@ -55,11 +53,6 @@ def shown(name: str) -> str:
     """Return an untrusted name for a message: quoted, control characters escaped, cut if long."""
     text = ascii(name)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...'"
-
-
-def rounded(size: int) -> int:
-    """Return ``size`` in whole blocks, as a file system allocates it."""
-    return -(-size // BLOCK) * BLOCK
 
 
 @attrs.define

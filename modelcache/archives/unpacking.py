@@ -66,7 +66,7 @@ def unpack(
     try:
         kind = _kind(source, job, name.rpartition("/")[2])
         if kind is None:
-            return target / _write_single(source, writer, single_name(name))
+            return target / _write_single(source, writer, single_name(name), size)
         if kind is Kind.ZIP:
             unpack_zip(source, writer, job, spool, grow)
         else:
@@ -114,8 +114,8 @@ def _begin(head: bytes, job: Job, kind: Kind, *, must: bool) -> bytes | None:
     return begin[:HEADER]
 
 
-def _write_single(source: Source, writer: Writer, name: str) -> str:
-    with writer.file(name) as write:
+def _write_single(source: Source, writer: Writer, name: str, size: int) -> str:
+    with writer.file(name, size=size) as write:
         while data := source.read(CHUNK):
             write(data)
     return name

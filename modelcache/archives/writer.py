@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from modelcache.archives.job import BLOCK, CHUNK, Job, rounded
+from modelcache.archives.job import CHUNK, Job
 from modelcache.archives.names import split
 from modelcache.archives.tree import Node
+from modelcache.blocks import BLOCK, charged, set_length
 from modelcache.units import format_bytes
 
 _UNSTORABLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
@@ -60,20 +61,20 @@ class Writer:
         Args:
             name: its path.
             program: whether its owner may execute it.
-            size: bytes that it is said to have; refused at once where that is over the limit.
+            size: bytes that it is said to have, 0 where nobody says; refused at once where that is over the limit.
         """
         self._count(name)
         self._check_size(size, name)
         node, path = self._leaf(name)
-        return self._create(node, path, program=program)
+        return self._create(node, path, program=program, length=size)
 
     def reserve(self, name: str, size: int) -> Callable[[], int]:
         """Make room for a file of a known size; the result makes it, empty, and opens it: on any thread, once."""
         self._count(name)
         node, path = self._leaf(name)
-        self._grow(rounded(size))
-        node.charged += rounded(size)
-        return lambda: self._open(node, path, program=False)
+        node.charged = charged(size)
+        self._grow(node.charged)
+        return lambda: self._open(node, path, program=False, length=size)
 
     def symlink(self, name: str, goal: str) -> None:
         """Note a symbolic link; it is checked and made in :meth:`finish`."""
@@ -121,16 +122,17 @@ class Writer:
                 path.symlink_to(node.goal or "")
 
     @contextlib.contextmanager
-    def _create(self, node: Node, path: Path, *, program: bool) -> Iterator[Callable[[bytes | memoryview], None]]:
-        with os.fdopen(self._open(node, path, program=program), "wb", buffering=0) as file:
+    def _create(
+        self, node: Node, path: Path, *, program: bool, length: int
+    ) -> Iterator[Callable[[bytes | memoryview], None]]:
+        with os.fdopen(self._open(node, path, program=program, length=length), "wb", buffering=0) as file:
             size = 0
 
             def write(data: bytes | memoryview) -> None:
                 nonlocal size
                 size += len(data)
-                if size > node.charged:
+                if (more := charged(size) - node.charged) > 0:
                     self._check_size(size, node.member)
-                    more = rounded(size) - node.charged
                     self._grow(more)
                     node.charged += more
                 rest = memoryview(data)
@@ -138,15 +140,18 @@ class Writer:
                     rest = rest[file.write(rest) :]
 
             yield write
+            if size < length:
+                file.truncate()
 
     def _check_size(self, size: int, member: str) -> None:
         if size > self._job.limits.file:
             raise self._job.unsafe(f"a file over {format_bytes(self._job.limits.file)}", member)
 
-    def _open(self, node: Node, path: Path, *, program: bool) -> int:
+    def _open(self, node: Node, path: Path, *, program: bool, length: int) -> int:
         with self._storing(node.member):
             handle = os.open(path, _NEW, 0o600)
         os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
+        set_length(handle, length)
         return handle
 
     def _count(self, member: str) -> None:
@@ -213,8 +218,9 @@ class Writer:
     def _copy(self, source: Path, path: Path, node: Node) -> None:
         """Copy a file: for file systems without hard links, or with too many of them."""
         node.charged = 0
-        program = bool(source.lstat().st_mode & 0o100)
-        with source.open("rb") as old, self._create(node, path, program=program) as write:
+        status = source.lstat()
+        program = bool(status.st_mode & 0o100)
+        with source.open("rb") as old, self._create(node, path, program=program, length=status.st_size) as write:
             while data := old.read(CHUNK):
                 self._job.count(len(data), node.member)
                 write(data)

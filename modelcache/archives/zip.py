@@ -17,10 +17,11 @@ from typing import BinaryIO
 
 from modelcache.archives.codecs import Codec, deflate_codec, zlib_module, zstd_codec
 from modelcache.archives.decode import Decoded, Source
-from modelcache.archives.job import CHUNK, Job, rounded
+from modelcache.archives.job import CHUNK, Job
 from modelcache.archives.names import split
 from modelcache.archives.writer import Writer
 from modelcache.archives.zipdir import find_data, find_directory
+from modelcache.blocks import charged, set_length
 from modelcache.errors import ModelCacheError
 
 # what zipfile raises at damaged input, its documented error among them
@@ -49,7 +50,7 @@ def unpack_zip(source: Source, writer: Writer, job: Job, spool: Path, grow: Call
         ArtifactCorrupt: cut off, damaged, encrypted, or with more than zeros behind it.
         UnsafeArtifact: an entry that must not be made, or entries that overlap.
     """
-    with _spooled(source, spool, grow) as file:
+    with _spooled(source, spool, job, grow) as file:
         directory = find_directory(file, os.fstat(file.fileno()).st_size, job)
         with _reading(job):
             archive = zipfile.ZipFile(file)
@@ -61,25 +62,25 @@ def unpack_zip(source: Source, writer: Writer, job: Job, spool: Path, grow: Call
 
 
 @contextlib.contextmanager
-def _spooled(source: Source, spool: Path, grow: Callable[[int], None]) -> Iterator[BinaryIO]:
-    charged = size = 0
+def _spooled(source: Source, spool: Path, job: Job, grow: Callable[[int], None]) -> Iterator[BinaryIO]:
+    taken = size = 0
     spool.unlink(missing_ok=True)
     handle = os.open(spool, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(handle, "w+b") as file:
+            set_length(handle, job.size)
             while data := source.read(CHUNK):
                 size += len(data)
-                if size > charged:
-                    more = rounded(size) - charged
+                if (more := charged(size) - taken) > 0:
                     grow(more)
-                    charged += more
+                    taken += more
                 file.write(data)
-            file.flush()
+            file.truncate()
             yield file
     finally:
         spool.unlink(missing_ok=True)
-        if charged:
-            grow(-charged)
+        if taken:
+            grow(-taken)
 
 
 def _write(entry: zipfile.ZipInfo, data: "_Data", writer: Writer, job: Job) -> None:

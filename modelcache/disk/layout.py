@@ -30,8 +30,6 @@ FORMAT = 2
 MARKER = "modelcache.json"
 RECORD = "record.json"
 ARTIFACT = "artifact"
-BLOCK = 4096
-"""Bytes by which folders and files are charged before the file system has told what it allocated."""
 
 _PUBLISHED = re.compile(r"[a-z0-9._]{1,40}-[0-9a-f]{32}\.[0-9a-f]{8}")
 _DIGITS = 20  # room for any number of bytes
@@ -121,8 +119,3 @@ def folder_prefix(source: str, model: str) -> str:
 def is_published(name: str) -> bool:
     """Whether a name under ``models/`` is one of ours."""
     return _PUBLISHED.fullmatch(name) is not None
-
-
-def charged(size: int) -> int:
-    """Return the bytes a file of ``size`` bytes is charged before it is measured: whole blocks."""
-    return -(-size // BLOCK) * BLOCK

@@ -7,12 +7,13 @@ read by way of ``disk.shelf``.
 from collections.abc import Iterable
 from pathlib import Path
 
+from modelcache.blocks import BLOCK, charged
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import Item, Staging, Wish
-from modelcache.disk.layout import BLOCK, Record, charged, folder_prefix
+from modelcache.disk.layout import Record, folder_prefix
 from modelcache.disk.refusals import read_only
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.store import Store

@@ -1,6 +1,7 @@
 """File systems of one's own for a test: small, read-only, layered; a test is skipped where this user may not mount."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +29,36 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         _unmount(folder)
+
+
+@contextlib.contextmanager
+def formatted(folder: Path, size: int, *command: str) -> Iterator[Path]:
+    """Mount a file system of ``size`` bytes that a command like ``mkfs.xfs`` makes; the folder is made."""
+    make, image = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin"), folder.with_suffix(".image")
+    if make is None:
+        pytest.skip(f"there is no {command[0]} here")
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run([make, "-q", *command[1:], image], check=True)
+    folder.mkdir()
+    _mount("-o", "loop", image, folder)
+    try:
+        yield folder
+    finally:
+        _unmount(folder)
+
+
+def leave_single_blocks(folder: Path, most: int) -> None:
+    """Fill a file system, and free every other block of ``most``: what is written then comes in pieces."""
+    for number in range(most):
+        (folder / f"one{number}").write_bytes(bytes(4096))
+    os.sync()
+    with contextlib.suppress(OSError), (folder / "rest").open("wb", buffering=0) as file:
+        while file.write(bytes(2**20)):
+            pass
+    for number in range(0, most, 2):
+        (folder / f"one{number}").unlink()
+    os.sync()
 
 
 @contextlib.contextmanager

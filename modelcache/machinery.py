@@ -234,8 +234,7 @@ class Machinery(Generic[T]):
             self.residents.orphaned(entry)
             return
         self.settle()
-        self.room.release(entry)
-        if self.residents.disk_over:
+        if self.room.release(entry) and self.residents.disk_over:
             self.disk_room.shrink()
         self.finish()
         self.pass_on()

@@ -194,17 +194,23 @@ class Room(Generic[T]):
         while self._residents.orphans:
             self.release(self._residents.orphans.popleft())
 
-    def release(self, entry: Entry[T]) -> None:
-        """Look at what a release makes possible: a pending unload, a limit not met, a load that waits."""
+    def release(self, entry: Entry[T]) -> bool:
+        """Look at what a release makes possible: a pending unload, a limit not met, a load that waits.
+
+        Returns:
+            Whether nobody holds the model any more; else nothing has become possible.
+        """
         with self._guard:
             due = entry.doomed
             retired = due is not None and self._residents.retire(entry, due)
-            over = self._residents.over
+            free = retired or not entry.held()
+            over = self._residents.over and free
             self._guard.notify()
         if retired:
             self._unloader.carry_out([entry])
         if over:
-            self.enforce()
+            self._lower(outside=False)
+        return free
 
     def give_up(self, models: Collection[str], reason: Reason, figures: dict[str, int], for_model: str) -> bool:
         """Evict the coldest idle one of ``models``, whose files the disk tier needs; False where none is idle."""

@@ -1,13 +1,15 @@
 """Live tuning: each setting is checked as in the constructor, and its effect is there when the assignment returns."""
 
 import math
+import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from modelcache import ConfigError, Evicted, ModelCache, Reclaimed
+from modelcache import ConfigError, Evicted, ModelCache, Reclaimed, heap
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache, allocated
 from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
@@ -314,6 +316,48 @@ def test_disk_budget_is_looked_at_again_at_a_release(make_cache: MakeCache) -> N
         assert [row.model for row in cache.models()] == ["a"]
     assert cache.models() == []
     assert allocated(cache.disk.path) == 0
+
+
+def test_a_release_that_frees_nothing_looks_at_nothing(make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where limits can't be met, hits on a model that somebody holds go on as ever: no gauge, no heap, no disk."""
+    gauge, looks = FakeGauge(900, limit=1000), Counter[str]()
+
+    def read() -> int:
+        looks["gauge"] += 1
+        return 900
+
+    give_back, statvfs = heap.give_back, os.statvfs
+    monkeypatch.setattr(heap, "give_back", lambda: looks.update(["heap"]) or give_back())
+    monkeypatch.setattr(os, "statvfs", lambda path: looks.update(["disk"]) or statvfs(path))
+    cache = make_cache(
+        DictSource().add("a", "b"), memory={"gauge": gauge, "high": 950, "interval": NEVER}, disk={"min_free": 0}
+    )
+    gauge.used = read
+    with cache.lease("a"), cache.lease("b"):
+        cache.memory.high, cache.disk.budget = 500, 1
+        assert set(looks) == {"gauge", "heap", "disk"}
+        looks.clear()
+        for _ in range(100):
+            with cache.lease("a"):
+                pass
+        assert not looks
+    assert cache.models() == []
+
+
+def test_releases_do_not_empty_a_cache_in_vain(make_cache: MakeCache) -> None:
+    """Where memory does not come back, models that are released one after the other stay, but for the first few."""
+    book = Book()
+    names = [f"m{number}" for number in range(40)]
+    gauge = FakeGauge(700, 1000)
+    cache = make_cache(DictSource().add(*names), book, memory={"high": 900, "gauge": gauge, "interval": NEVER})
+    leases = [cache.lease(name) for name in names]
+    for lease in leases:
+        lease.acquire()
+    cache.memory.high = 600
+    assert len(book.alive) == 40
+    for lease in leases:
+        lease.release()
+    assert len(book.alive) > 20
 
 
 def test_min_free_is_met_when_the_assignment_returns(make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from modelcache.turns import Turns
 
 _MAPS = Path("/proc/self/maps")
 _KNOWN = re.compile(r"/lib(jemalloc|tcmalloc|mimalloc|snmalloc|hoard|asan)[^/\n]*\.so[^/\n]*$", re.MULTILINE)
@@ -46,6 +49,7 @@ class _Found:
         self._lock = threading.RLock()
         self._began = -1
         self._asked = False
+        self.turns = Turns()
 
     def include_thread(self) -> None:
         if self._include is not None:
@@ -59,7 +63,8 @@ class _Found:
         with self._lock:
             if self._began <= came:  # otherwise somebody began after we came: what we freed has gone with theirs
                 self._began = time.monotonic_ns()
-                self._asked = self._ask()
+                with self.turns.giving():
+                    self._asked = self._ask()
             return self._asked
 
 
@@ -81,8 +86,9 @@ def give_back() -> bool:
     ``gc`` is not run. Python's own small objects come back only where their whole arena (256 KiB, 1 MiB) is free.
     Never raises.
 
-    Cost: 15 to 20 milliseconds for 300 MB of fragmented heap, with the GIL released; other threads that allocate
-    may wait as long. The first call in a process takes a millisecond more, to look at the allocator.
+    Cost: 15 to 20 milliseconds for 300 MB of fragmented heap, up to a second for gigabytes, with the GIL released. A
+    thread that allocates from the heap in work, or frees to it, waits as long, with the GIL: see :func:`freeing`. The
+    first call in a process takes a millisecond more, to look at the allocator.
 
     Concurrency: any thread. Calls that arrive while one is under way wait for it, and are then served by one more
     that they share. Looks at the allocator anew after a fork.
@@ -91,6 +97,14 @@ def give_back() -> bool:
         Whether the allocator did as it was asked; how much came back, only a gauge can tell.
     """
     return _look().give_back()
+
+
+def freeing() -> AbstractContextManager[None]:
+    """Free a model, or collect cycles, inside: not while heap is given back, which is waited for, two seconds at most.
+
+    Concurrency: any thread, with no lock held.
+    """
+    return _look().turns.freeing()
 
 
 def include_thread() -> None:

@@ -28,6 +28,7 @@ ORDER = (
     "mounts",
     "cgroups",
     "gauges",
+    "turns",
     "heap",
     "peaks",
     "monitor",

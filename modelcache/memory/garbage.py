@@ -8,6 +8,8 @@ import gc
 import threading
 import time
 
+from modelcache import heap
+
 _REST = 10.0  # seconds between two collections that nobody waits for
 _LONGEST = 1.0  # seconds that one which has helped lately waits for its turn: refusing a load is worse
 _SHARE = 10  # a collection that somebody waits for takes at most a tenth of the time
@@ -46,7 +48,8 @@ class Garbage:
     def collect(self) -> None:
         """Run ``gc.collect()``."""
         started = time.monotonic()
-        gc.collect()
+        with heap.freeing():
+            gc.collect()
         self._ended = time.monotonic()
         self._took = self._ended - started
 

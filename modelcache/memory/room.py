@@ -60,6 +60,8 @@ class Room(Generic[T]):
         self._teller = teller
         self._appeal = appeal
         self._neighbours = appeal.neighbours
+        self._churn = 0  # at the monitor's last look
+        self._put_off = False
 
     def enforce(self) -> None:
         """Evict what the limits demand now; returns once all that must go, and may, is gone, or it does not help."""
@@ -73,7 +75,15 @@ class Room(Generic[T]):
         self._unloader.collect(urgent=False)
         self._teller.tell(self._old_leases())
         self._drop_idle()
-        self._lower(outside=True)
+        if not self._progresses():
+            self._lower(outside=True)
+
+    def _progresses(self) -> bool:
+        """Whether models leave just now, so that their memory is on its way; every other look is taken all the same."""
+        with self._guard:
+            before, self._churn = self._churn, self._residents.churn
+            self._put_off = not self._put_off and bool(self._residents.leaving) and self._churn != before
+        return self._put_off
 
     def _lower(self, *, outside: bool) -> None:
         """Evict until the limits are met, or evicting has not helped.

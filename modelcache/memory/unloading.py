@@ -125,6 +125,15 @@ class Unloader(Generic[T]):
                     told.append(self._unloaded(entry, time.monotonic() - started, problem))
 
     def _drop(self, entry: Entry[T]) -> None:
+        """Drop the model, in its turn."""
+        try:
+            with heap.freeing():
+                self._drop_now(entry)
+        finally:
+            if hasattr(entry, "value"):  # an interrupt while it waited
+                self._drop_now(entry)
+
+    def _drop_now(self, entry: Entry[T]) -> None:
         """Drop the model; take note of whether it lives on, or anything in it does."""
         straggler, left = None, True
         try:

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from modelcache import heap
+from modelcache import Evicted, heap
+from tests.support.fakes import DictSource
+from tests.support.racing import small_cache
 from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
 MIB = 1 << 20
@@ -388,3 +391,40 @@ def test_calls_that_wait_share_one(monkeypatch: pytest.MonkeyPatch, spawn: Spawn
     gate.open()
     assert all(call.result(WAIT) for call in calls)
     assert len(asked) == 2
+
+
+def test_models_are_not_freed_while_heap_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spawn: Spawn
+) -> None:
+    """A model is freed once heap was given back: it would wait inside the allocator, and all threads with it."""
+    gate, order = Gate(), []
+
+    def ask() -> bool:
+        gate()
+        order.append("given back")
+        return True
+
+    with small_cache(tmp_path, DictSource().add("a")) as cache:
+        weakref.finalize(cache.get("a"), order.append, "freed")
+        monkeypatch.setattr(heap, "_found", {})
+        monkeypatch.setattr(heap, "_search", lambda: ("ours", ask, None))
+        cache.on(Evicted, lambda event: order.append("evicted"))
+        changed = heap._look().turns._changed
+        wait_for = changed.wait_for
+        giving = spawn(heap.give_back)
+        gate.wait()
+        monkeypatch.setattr(changed, "wait_for", lambda *args: order.append("waits") or wait_for(*args))
+        evicting = spawn(setattr, cache.memory, "budget", 1)
+        eventually(lambda: len(order) == 2)
+        gate.open()
+        assert giving.result(WAIT)
+        evicting.result(WAIT)
+    assert order == ["evicted", "waits", "given back", "freed"]
+
+
+def test_a_finalizer_that_takes_long_holds_no_heap_up(monkeypatch: pytest.MonkeyPatch, spawn: Spawn) -> None:
+    """Heap is given back all the same where freeing takes long, by another thread and from within a finalizer."""
+    monkeypatch.setattr(heap, "_search", lambda: ("ours", lambda: True, None))
+    with heap.freeing(), heap.freeing():
+        assert spawn(heap.give_back).result(WAIT)
+        assert heap.give_back()

@@ -21,10 +21,12 @@ def charged(size: int) -> int:
 
 
 def set_length(descriptor: int, size: int) -> None:
-    """Give a new file the length that it will have, as a hole; never raises.
+    """Give a new, empty file the length that it is said to have, as a hole; never raises.
 
-    Else XFS would take up to twice as much as was written, until the file is closed: it expects more to come.
+    Else XFS would take up to twice as much as was written, until the file is closed: it expects more to come. A file
+    system that knows no holes is left alone.
     """
     if size > _UNSTRETCHED:
         with contextlib.suppress(OSError):  # no file can be as long as a damaged archive may say
-            os.ftruncate(descriptor, size)
+            os.ftruncate(descriptor, BLOCK)
+            os.ftruncate(descriptor, size if os.fstat(descriptor).st_blocks == 0 else 0)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
+from modelcache.blocks import charged
 from modelcache.disk.held import Held
 from modelcache.disk.items import RECHECK, Staging
 from modelcache.disk.layout import Record
@@ -185,7 +186,8 @@ class Fetcher(Generic[T]):
 
     def _stage(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Staging:
         try:
-            return self.publisher.stage(self._trip(flight), artifact.size, flight.least, quest.beside, quest.known)
+            taken = sum(charged(file.size) for file in artifact.files)
+            return self.publisher.stage(self._trip(flight), taken, flight.least, quest.beside, quest.known)
         except OSError as error:  # of a folder, or of the ledger, on a full disk
             if isinstance(error, ModelCacheError):
                 raise

@@ -62,8 +62,8 @@ class _Found:
         came = time.monotonic_ns()
         with self._lock:
             if self._began <= came:  # otherwise somebody began after we came: what we freed has gone with theirs
-                self._began = time.monotonic_ns()
                 with self.turns.giving():
+                    self._began = time.monotonic_ns()
                     self._asked = self._ask()
             return self._asked
 

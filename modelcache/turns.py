@@ -6,10 +6,14 @@ meanwhile waits for that lock with the interpreter in hand, so that all threads 
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
+
+from modelcache.guard import Guard
 
 _LONGEST = 2.0  # seconds that freeing waits: longer than heap of any size takes, but not for ever
 _MOMENT = 0.05  # seconds that giving back waits: a finalizer may take as long as it likes
+_Turn = tuple[int, float]  # a thread, and since when, in monotonic seconds
 
 
 class Turns:
@@ -19,19 +23,18 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        # guards the two dicts; nothing is done under it but waiting, a bounded time. Reentrant, as finalizers free.
-        self._changed = threading.Condition(threading.RLock())
-        self._freeing: dict[object, int] = {}  # which threads
-        self._giving: dict[object, int] = {}
+        # guards the two lists; nothing is done under it but waiting, a bounded time.
+        self._guard = Guard()
+        self._freeing: list[_Turn] = []
+        self._giving: list[_Turn] = []
 
     @contextlib.contextmanager
     def freeing(self) -> Iterator[None]:
         """Free something large inside; waits while others give heap back."""
-        turn = object()
+        with self._guard:
+            self._await(self._giving, _LONGEST)
+            turn = self._begin(self._freeing)
         try:
-            with self._changed:
-                self._wait_for(self._giving, _LONGEST)
-                self._freeing[turn] = threading.get_ident()
             yield
         finally:
             self._end(self._freeing, turn)
@@ -39,20 +42,30 @@ class Turns:
     @contextlib.contextmanager
     def giving(self) -> Iterator[None]:
         """Give heap back inside; what others are freeing is waited for a moment, and they begin with nothing more."""
-        turn = object()
+        with self._guard:
+            turn = self._begin(self._giving)
+            try:
+                self._await(self._freeing, _MOMENT)
+            except BaseException:
+                self._end(self._giving, turn)
+                raise
         try:
-            with self._changed:
-                self._giving[turn] = threading.get_ident()
-                self._wait_for(self._freeing, _MOMENT)
             yield
         finally:
             self._end(self._giving, turn)
 
-    def _wait_for(self, threads: dict[object, int], most: float) -> None:
-        me = threading.get_ident()  # among them where a finalizer or a signal handler came between
-        self._changed.wait_for(lambda: all(other == me for other in threads.values()), most)
+    def _await(self, turns: list[_Turn], most: float) -> None:
+        """Wait until other threads have ended their turns; one that an interrupt kept from ending counts no longer."""
+        me, until = threading.get_ident(), time.monotonic() + most  # me: a finalizer or signal handler came between
+        while (now := time.monotonic()) < until and any(who != me and now < since + _LONGEST for who, since in turns):
+            self._guard.wait(until - now)
 
-    def _end(self, threads: dict[object, int], turn: object) -> None:
-        with self._changed:
-            threads.pop(turn, None)
-            self._changed.notify_all()
+    def _begin(self, turns: list[_Turn]) -> _Turn:
+        turn = threading.get_ident(), time.monotonic()
+        turns.append(turn)
+        return turn
+
+    def _end(self, turns: list[_Turn], turn: _Turn) -> None:
+        with self._guard:
+            turns.remove(turn)
+            self._guard.notify()

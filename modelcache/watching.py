@@ -58,6 +58,8 @@ class Watch:
         """Look once; return whether there is anything left to watch."""
         parts = self._parts
         parts.room.look()
+        if parts.residents.disk_over:
+            parts.disk_room.shrink()  # a lease was forgotten, or a model was still being unloaded at its last release
         parts.disk_room.help_others()
         self._revalidate()
         parts.teller.tell(self._weigh())

@@ -7,7 +7,7 @@ read by way of ``disk.shelf``.
 from collections.abc import Iterable
 from pathlib import Path
 
-from modelcache.blocks import BLOCK, charged
+from modelcache.blocks import BLOCK
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
 from modelcache.disk.held import Held
@@ -59,7 +59,7 @@ class Publisher:
         return self._store.free()
 
     def stage(self, wish: Wish, size: int, least: int, beside: int = 0, known: str = "") -> Staging:
-        """Reserve room for a download of ``size`` bytes, ``least`` in all, and return a folder for it.
+        """Reserve room for files that take ``size`` bytes on disk, ``least`` in all, and return a folder for them.
 
         ``beside``: bytes of the version on disk that stays until this one is published; ``known``: its folder's name.
 
@@ -78,7 +78,7 @@ class Publisher:
         with self._guard:
             self._index.stagings.add(staging)
         try:
-            self._room.reserve(staging, max(charged(size) + _OVERHEAD, least))
+            self._room.reserve(staging, max(size + _OVERHEAD, least))
             staging.folder = self._store.stage()
         except BaseException:
             self._drop(staging)

@@ -47,8 +47,8 @@ class Garbage:
 
     def collect(self) -> None:
         """Run ``gc.collect()``."""
-        started = time.monotonic()
         with heap.freeing():
+            started = time.monotonic()
             gc.collect()
         self._ended = time.monotonic()
         self._took = self._ended - started

@@ -8,6 +8,8 @@ import time
 from collections.abc import Collection
 from typing import Generic, TypeVar
 
+import attrs
+
 from modelcache import heap
 from modelcache.events import Event, Pressure, Reason
 from modelcache.guard import Guard
@@ -100,12 +102,8 @@ class Room(Generic[T]):
             self._look_around(limits, outside=outside)
             with self._guard:
                 residents.drain()
-                shortage = self._choosing.present(limits, reserved=not outside, floor=floor)
-                if shortage.fits and limits.reading is not None and not residents.reserved:
-                    residents.deficit = 0
-                    self._evictor.futility.look(limits.reading.used, limits.low)
-                stopped = shortage.over_high > 0 and self._evictor.stopped()
-                if shortage.met or stopped:
+                shortage, stopped = self._lacking(limits, outside=outside, floor=floor)
+                if shortage.met:
                     if stopped or self._settled(shortage):
                         return
                     continue
@@ -129,6 +127,18 @@ class Room(Generic[T]):
             elif victims:
                 most = most * 2 if verdict is not Verdict.OWN else 1
                 self._evictor.evict(victims, limits, shortage.reason)
+
+    def _lacking(self, limits: Limits, *, outside: bool, floor: int | None) -> tuple[Shortage, bool]:
+        """Return what must leave now, and whether evictions for the watermark rest; the guard is held."""
+        residents = self._residents
+        shortage = self._choosing.present(limits, reserved=not outside, floor=floor)
+        if shortage.fits and limits.reading is not None and not residents.reserved:
+            residents.deficit = 0
+            self._evictor.futility.look(limits.reading.used, limits.low)
+        stopped = shortage.over_high > 0 and self._evictor.stopped()
+        if stopped:  # the other limits hold all the same
+            shortage = self._choosing.present(attrs.evolve(limits, reading=None), reserved=not outside)
+        return shortage, stopped
 
     def _look_around(self, limits: Limits, *, outside: bool) -> None:
         """Learn who else is under a limit that is passed; while nothing is short nobody looks."""

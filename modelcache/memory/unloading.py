@@ -76,8 +76,13 @@ class Unloader(Generic[T]):
         collected = False
         try:
             while entries:
+                entry = entries.pop(0)
                 try:
-                    self._depart(entries.pop(0), left, told)
+                    self._depart(entry, left, told)
+                except (KeyboardInterrupt, SystemExit) as stop:  # it may have come while this waited for its turn
+                    self._teller.keep(stop)
+                    if not entry.begun:
+                        entries.append(entry)
                 except Exception as error:  # noqa: BLE001 - the disk, say: the others leave all the same
                     complain("a model has left memory, but not all that it kept on disk was given back", error=error)
             collected = self.collect(urgent=False)

@@ -139,8 +139,9 @@ class Saving(Protocol):
 
         Args:
             artifact: what ``find`` returned.
-            put: called on the caller's thread, once a file: makes room for it, and returns what opens a new, empty
-                file to write to. That is called once, on any thread, and its descriptor closed by the source.
+            put: called on the caller's thread, once a file: makes room for it, and returns what opens a new file to
+                write to, which may have its length already, all zeros. That is called once, on any thread, and its
+                descriptor closed by the source.
             count: called on the caller's thread with the bytes that have come since the last time.
             check: called on the caller's thread, several times a second; raises to stop.
 

@@ -360,6 +360,35 @@ def test_releases_do_not_empty_a_cache_in_vain(make_cache: MakeCache) -> None:
     assert len(book.alive) > 20
 
 
+def test_other_limits_hold_where_the_watermark_rests(make_cache: MakeCache) -> None:
+    """Where memory does not come back, budget and ``max_models`` are met all the same, release by release."""
+    book = Book()
+    names = [f"m{number}" for number in range(40)]
+    gauge = FakeGauge(700, 1000)
+    cache = make_cache(DictSource().add(*names), book, memory={"high": 900, "gauge": gauge, "interval": NEVER})
+    leases = [cache.lease(name) for name in names]
+    for lease in leases:
+        lease.acquire()
+    cache.memory.high, cache.memory.max_models = 600, 10
+    for number, lease in enumerate(leases):
+        lease.release()
+        assert len(book.alive) <= max(39 - number, 10)
+    assert len(book.alive) == 10
+
+
+def test_disk_budget_is_looked_at_again_by_the_monitor(make_cache: MakeCache) -> None:
+    """A lease that is forgotten, not released, lets the disk tier meet its budget all the same."""
+    cache = make_cache(DictSource().add("a", "b"), memory={"interval": 0.05})
+    with cache.lease("b"):
+        lease = cache.lease("a")
+        lease.acquire()
+        cache.disk.budget = 8 * 4096
+        assert {row.model for row in cache.models()} == {"a", "b"}
+        with pytest.warns(ResourceWarning, match="collected unreleased"):
+            del lease
+        eventually(lambda: [row.model for row in cache.models()] == ["b"])
+
+
 def test_min_free_is_met_when_the_assignment_returns(make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """A raised ``min_free`` evicts what the file system lacks."""
     cache = make_cache()

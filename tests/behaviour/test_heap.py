@@ -409,11 +409,11 @@ def test_models_are_not_freed_while_heap_is_given_back(
         monkeypatch.setattr(heap, "_found", {})
         monkeypatch.setattr(heap, "_search", lambda: ("ours", ask, None))
         cache.on(Evicted, lambda event: order.append("evicted"))
-        changed = heap._look().turns._changed
-        wait_for = changed.wait_for
+        turns = heap._look().turns
+        wait = turns._guard.wait
         giving = spawn(heap.give_back)
         gate.wait()
-        monkeypatch.setattr(changed, "wait_for", lambda *args: order.append("waits") or wait_for(*args))
+        monkeypatch.setattr(turns._guard, "wait", lambda most: order.append("waits") or wait(most))
         evicting = spawn(setattr, cache.memory, "budget", 1)
         eventually(lambda: len(order) == 2)
         gate.open()

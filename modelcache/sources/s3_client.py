@@ -6,7 +6,6 @@ never pays for it.
 
 import logging
 import os
-import re
 import threading
 import weakref
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from modelcache.errors import AccessDenied, ConfigError, ModelCacheError
 from modelcache.sources.s3_errors import CREDENTIAL_CODES
+from modelcache.sources.s3_listing import take_entries
 
 _log = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ CONNECTIONS = 32
 
 OPERATIONS = {"HeadObject": "head_object", "GetObject": "get_object", "ListObjectsV2": "list_objects_v2"}
 """What is asked of S3: name in the service's model to method of the client."""
-
-_TIMES = re.compile(rb"<LastModified>[^<]*</LastModified>")
 
 _OURS = frozenset(
     {
@@ -150,15 +148,8 @@ class Clients:
             endpoint_url=self._endpoint_url,
             config=config.merge(self._config) if self._config is not None else config,
         )
-        client.meta.events.register_last("before-parse.s3.ListObjectsV2", _without_times)
+        client.meta.events.register_last("before-parse.s3.ListObjectsV2", take_entries)
         return client
-
-
-def _without_times(response_dict: dict[str, Any], **_: Any) -> None:
-    """Leave the times out of a listing, which nobody reads: parsing them takes longer than all else of it."""
-    body = response_dict.get("body")
-    if isinstance(body, bytes):
-        response_dict["body"] = _TIMES.sub(b"", body)
 
 
 def _drop_inherited(process: Process, client: Any) -> None:

@@ -25,6 +25,7 @@ from modelcache.sources.s3 import S3Source
 from modelcache.sources.s3_client import Clients
 from modelcache.sources.s3_connection import Grip
 from modelcache.sources.s3_effort import Patience
+from modelcache.sources.s3_listing import take_entries
 from modelcache.sources.s3_means import Means
 from tests.contracts.source_contract import BODY, content
 from tests.support.proxy import Fault, FaultProxy
@@ -285,16 +286,42 @@ def test_signature_is_botocores(s3_moto: Store, key: str, pin: str | None, token
     assert headers["Authorization"].endswith(f"Signature={auth.signature(text, request)}")
 
 
-def test_listings_without_times(moto_bucket: Bucket) -> None:
-    """A client of ours leaves the times out of a listing before they are parsed, and nothing else."""
+@pytest.mark.parametrize("most", [1000, 3])
+def test_listings(moto_bucket: Bucket, most: int) -> None:
+    """A client of ours reads what botocore would of each entry, as far as anybody needs it, and of the page."""
     store = moto_bucket.store
+    for name in ("a b", "a+b", "a&b<c>", "50%", "\u00e4/\u65e5\u672c", "quote'\""):
+        moto_bucket.put(f"odd/{name}", b"12345")
     session = boto3.session.Session("access", "secret", region_name="us-east-1")
-    ours = Clients(None, session, store.endpoint, None).get().list_objects_v2(Bucket=moto_bucket.name)["Contents"]
-    theirs = store.client().list_objects_v2(Bucket=moto_bucket.name)["Contents"]
-    assert ours
-    for entry in theirs:
-        del entry["LastModified"]
+    listing: dict[str, Any] = {"Bucket": moto_bucket.name, "Prefix": "odd/", "MaxKeys": most}
+    ours = Clients(None, session, store.endpoint, None).get().list_objects_v2(**listing)
+    theirs = store.client().list_objects_v2(**listing)
+    for entry in theirs["Contents"]:
+        for name in set(entry) - {"Key", "Size", "ETag"}:
+            del entry[name]
+    for answer in (ours, theirs):
+        del answer["ResponseMetadata"]
+    assert len(ours["Contents"]) == min(most, 6)
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, b"<Error><Code>NoSuchBucket</Code></Error>"),
+        (200, b""),
+        (200, b"<ListBucketResult><Contents><Key>a</Key>"),
+        (200, b"<ListBucketResult></ListBucketResult>"),
+        (200, b"<ListBucketResult><Contents><Key>a</Key><Size>1</Size></Contents></ListBucketResult>"),
+        (200, b"<L><Contents><Key>a</Key><Size>x</Size><ETag>e</ETag></Contents></L>"),
+        (200, b"<L><Contents><Key>a</Key><Size/><ETag>e</ETag></Contents></L>"),
+    ],
+)
+def test_odd_listings_are_left_to_botocore(status: int, body: bytes) -> None:
+    """What is not as expected is not touched."""
+    answer, taken = {"status_code": status, "body": body}, dict[str, Any]()
+    take_entries(answer, taken)
+    assert (answer, taken) == ({"status_code": status, "body": body}, {})
 
 
 def test_means_are_given_back() -> None:

@@ -351,7 +351,8 @@ def test_fork_where_artifacts_may_leave(make_cache: MakeCache, source: DictSourc
     cache.get("a")
     child = os.fork()
     if not child:
-        os._exit(0 if cache.get("a").model == "a" and cache.unload("a") and cache.get("a").model == "a" else 1)
+        served = cache.get("a").model == "a" and cache.unload("a") and cache.get("a").model == "a"
+        os._exit(0 if served and cache.close() else 1)  # else it may leave a temporary folder, for others to sweep
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert cache.get("a").model == "a"
     assert source.opens == ["a"]

@@ -396,7 +396,7 @@ def test_no_room_in_memory_for_both(make_cache: MakeCache, limit: dict[str, int]
     source.add("a", size=102)
     with cache.lease("a") as held:
         with pytest.raises(NoRoom) as caught:
-            cache.refresh("a", timeout=0.05)
+            cache.refresh("a", timeout=1.0)
         assert [holder[:2] for holder in caught.value.holders] == [("a", 1)]
         assert cache.get("a") is held
     assert held.size == 101

@@ -189,7 +189,8 @@ class Twins(RuleBasedStateMachine):
     @rule(model=models, down=st.booleans())
     def ask_in_trouble(self, model: str, down: bool) -> None:
         """Look a model up while it does not load, or while the source is down: what is there already is served."""
-        there, known = model in self.book.alive, {row.model for row in self.cache.models()}
+        there, found = model in self.book.alive, self.must_be_found(model)
+        known = found or (model, "disk") in {(row.model, row.tier) for row in self.cache.models()}
         self.source.down = SourceUnavailable("down", source="dict") if down else None
         self.book.gate = None if down else fail
         lease, error = self.cache.lease(model), None
@@ -200,9 +201,9 @@ class Twins(RuleBasedStateMachine):
         self.book.gate = self.source.down = None
         if error is not None:
             assert isinstance(error, SourceUnavailable if down else LoadFailed)
-            assert not (down and model in known)
+            assert not (down and known)
         elif lease.held is not None:
-            assert there or (down and model in known)
+            assert there or (down and known)
             lease.release()
 
     @rule(most=st.sampled_from([None, 1, 2, 3, 6]))

@@ -44,12 +44,9 @@ class Turns:
         """Give heap back inside; what others are freeing is waited for a moment, and they begin with nothing more."""
         with self._guard:
             turn = self._begin(self._giving)
-            try:
-                self._await(self._freeing, _MOMENT)
-            except BaseException:
-                self._end(self._giving, turn)
-                raise
         try:
+            with self._guard:
+                self._await(self._freeing, _MOMENT)
             yield
         finally:
             self._end(self._giving, turn)

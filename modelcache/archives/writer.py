@@ -72,8 +72,9 @@ class Writer:
         """Make room for a file of a known size; the result makes it, empty, and opens it: on any thread, once."""
         self._count(name)
         node, path = self._leaf(name)
-        node.charged = charged(size)
-        self._grow(node.charged)
+        taken = charged(size)
+        self._grow(taken)
+        node.charged = taken
         return lambda: self._open(node, path, program=False, length=size)
 
     def symlink(self, name: str, goal: str) -> None:

@@ -9,12 +9,13 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelcache import Evicted, NoRoom, Pressure, Reason, Reclaimed, Thrashing, Unloaded
+from modelcache import Evicted, NoRoom, Pressure, Reason, Reclaimed, Thrashing, Unloaded, heap
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache
 from tests.support.waiting import Gate, Spawn, eventually
 
@@ -612,3 +613,41 @@ def test_f020_hits_go_on_while_another_loads(make_cache: MakeCache, spawn: Spawn
             assert cache.get("a", timeout=0.1).model == "a"
     assert loading.result().model == "b"
     assert book.loads == ["a", "b"]
+
+
+def test_interrupt_before_a_model_is_freed_leaves_none_behind(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a model waits for its turn to be freed is passed on once all of its batch have left."""
+    book = Book()
+    cache = make_cache(DictSource().add("a", "b", "c"), book, memory={"gauge": FakeGauge(0)})
+    for model in "abc":
+        cache.get(model)
+    freeing, stops = heap.freeing, [KeyboardInterrupt()]
+
+    def stopped() -> AbstractContextManager[None]:
+        if stops:
+            raise stops.pop()
+        return freeing()
+
+    monkeypatch.setattr(heap, "freeing", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cache.memory.budget = 1
+    assert book.alive == []
+    assert cache.stats().memory_models == 0  # nor does any count as leaving
+
+
+def test_an_unload_that_hangs_holds_no_look_up(make_cache: MakeCache, spawn: Spawn) -> None:
+    """While models leave, the monitor waits with its own evictions for one look; then for none that stands still."""
+    gate = Gate(only="a")
+    book = Book(unload=lambda model: gate(model.model))
+    gauge = FakeGauge(0, 1000)
+    cache = make_cache(DictSource().add("a", "b"), book, memory={"gauge": gauge, "high": 800, "interval": 0.05})
+    for model in "ab":
+        cache.get(model)
+    with gate:
+        unloading = spawn(cache.unload, "a")
+        gate.wait()
+        gauge.used = 900
+        eventually(lambda: "b" not in book.alive)
+        assert not unloading.done()

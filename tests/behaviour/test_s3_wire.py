@@ -315,6 +315,9 @@ def test_listings(moto_bucket: Bucket, most: int) -> None:
         (200, b"<ListBucketResult><Contents><Key>a</Key><Size>1</Size></Contents></ListBucketResult>"),
         (200, b"<L><Contents><Key>a</Key><Size>x</Size><ETag>e</ETag></Contents></L>"),
         (200, b"<L><Contents><Key>a</Key><Size/><ETag>e</ETag></Contents></L>"),
+        (200, b"<ListBucketResult><Contents><Key/><Size>1</Size><ETag>e</ETag></Contents></ListBucketResult>"),
+        (200, b"<ListBucketResult><Contents><Key>a</Key><Size>1</Size><ETag></ETag></Contents></ListBucketResult>"),
+        (200, b"<ListBucketResult><Contents><Key>a</Key><Size>x</Size><ETag>e</ETag></Contents></ListBucketResult>"),
     ],
 )
 def test_odd_listings_are_left_to_botocore(status: int, body: bytes) -> None:

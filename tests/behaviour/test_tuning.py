@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modelcache import ConfigError, Evicted, ModelCache, Reclaimed, heap
+from modelcache import ConfigError, Evicted, Lease, ModelCache, Reclaimed, heap
 from tests.support.fakes import Book, DictSource, FakeGauge, MakeCache, allocated
 from tests.support.waiting import WAIT, Gate, Spawn, eventually
 
@@ -344,15 +344,21 @@ def test_a_release_that_frees_nothing_looks_at_nothing(make_cache: MakeCache, mo
     assert cache.models() == []
 
 
-def test_releases_do_not_empty_a_cache_in_vain(make_cache: MakeCache) -> None:
-    """Where memory does not come back, models that are released one after the other stay, but for the first few."""
-    book = Book()
+def lease_forty(make_cache: MakeCache, book: Book) -> tuple[ModelCache[Any], list[Lease[Any]]]:
+    """Lease forty models, which give no memory back when they leave."""
     names = [f"m{number}" for number in range(40)]
     gauge = FakeGauge(700, 1000)
     cache = make_cache(DictSource().add(*names), book, memory={"high": 900, "gauge": gauge, "interval": NEVER})
     leases = [cache.lease(name) for name in names]
     for lease in leases:
         lease.acquire()
+    return cache, leases
+
+
+def test_releases_do_not_empty_a_cache_in_vain(make_cache: MakeCache) -> None:
+    """Where memory does not come back, models that are released one after the other stay, but for the first few."""
+    book = Book()
+    cache, leases = lease_forty(make_cache, book)
     cache.memory.high = 600
     assert len(book.alive) == 40
     for lease in leases:
@@ -360,16 +366,14 @@ def test_releases_do_not_empty_a_cache_in_vain(make_cache: MakeCache) -> None:
     assert len(book.alive) > 20
 
 
-def test_other_limits_hold_where_the_watermark_rests(make_cache: MakeCache) -> None:
+@pytest.mark.parametrize("limit", ["budget", "max_models"])
+def test_other_limits_hold_where_the_watermark_rests(make_cache: MakeCache, limit: str) -> None:
     """Where memory does not come back, budget and ``max_models`` are met all the same, release by release."""
     book = Book()
-    names = [f"m{number}" for number in range(40)]
-    gauge = FakeGauge(700, 1000)
-    cache = make_cache(DictSource().add(*names), book, memory={"high": 900, "gauge": gauge, "interval": NEVER})
-    leases = [cache.lease(name) for name in names]
-    for lease in leases:
-        lease.acquire()
-    cache.memory.high, cache.memory.max_models = 600, 10
+    cache, leases = lease_forty(make_cache, book)
+    each = {"budget": sum(row.bytes for row in cache.models()) // 40, "max_models": 1}
+    cache.memory.high = 600
+    setattr(cache.memory, limit, 10 * each[limit])
     for number, lease in enumerate(leases):
         lease.release()
         assert len(book.alive) <= max(39 - number, 10)

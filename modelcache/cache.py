@@ -49,9 +49,10 @@ class ModelCache(Generic[T]):
         unload: called with each model exactly once, when it leaves memory for whatever reason, after its last
             lease, on the thread that released or evicted it. It can't know of callers of ``get``: use ``lease``.
         size_of: ``size_of(model, path)`` returns the bytes a model will take in memory, before its first load.
-            None: the bytes of its artifact.
+            None: the bytes of its artifact, times what other artifacts became.
         loaders: most fetches and loads under way at once.
-        timeout: seconds that a lookup waits; None: for ever. The fetch and the load go on when it ends.
+        timeout: seconds that a lookup waits; None: for ever. When it ends, a fetch or load under way goes on; one that
+            waits for room goes on for whoever else waits for it.
         retry_after: seconds for which a failed fetch or load answers before it is tried again.
         revalidate_after: seconds after which the source is asked whether a model in use has a new version, which is
             then brought in as ``refresh`` does; nobody waits for it. None: only ``refresh`` asks.
@@ -189,7 +190,8 @@ class ModelCache(Generic[T]):
         """Ask the source for a new version of a model that is in a tier, and bring it in beside the old one.
 
         New lookups get the new version once it is there; leases finish on the old one, which then goes (``Unloaded``
-        with reason ``REPLACED``). Where anything fails the old version stays in memory.
+        with reason ``REPLACED``). Where anything fails the old version stays in memory, unless it had to make room for
+        the new one, as nobody leased it and both did not fit.
 
         Args:
             id: the model's.

@@ -3,7 +3,7 @@
 ::
 
     ModelCacheError
-    ├── ConfigError(ValueError)               a setting that can't work, told at construction or assignment
+    ├── ConfigError(ValueError)               a setting that can't work, told at construction where it shows there
     ├── InvalidModelId(ValueError)            an id that could not name a model safely
     ├── ModelNotFound(LookupError)            the source has no such model
     ├── SourceUnavailable(ConnectionError)    the source did not answer, or answered that it can't
@@ -13,11 +13,11 @@
     ├── UnsafeArtifact                        an archive that reaches outside its folder or past a limit
     ├── TooLarge(MemoryError)                 the model can never fit within a limit
     ├── NoRoom(MemoryError)                   the model does not fit now
-    ├── LoadFailed                            the user's ``load`` raised, returned None or ran in a circle
+    ├── LoadFailed                            the user's ``load`` (or ``size_of``, or the disk) failed
     ├── CacheClosed                           the cache was closed
     └── Timeout(TimeoutError)                 the caller's wait ended first
 
-Each is also the builtin it resembles, so ``except LookupError`` works. What an error knows is in
+Those with a builtin in brackets are also that, so ``except LookupError`` works. What an error knows is in
 its attributes as well as in its text; all of them survive pickling and :func:`copy.copy`.
 Events and how failures are remembered are not here: see ``events`` and ``flights``.
 """
@@ -165,10 +165,11 @@ class NoRoom(ModelCacheError, MemoryError):
 
     Attributes:
         tier: ``"memory"`` or ``"disk"``.
-        need: bytes the model needs; 0 where only ``max_models`` is in the way.
-        used: bytes in use when it was refused.
-        limit: bytes (or models) there may be.
-        holders: ``(model, leases, age of the oldest lease in seconds)`` for each model in the way.
+        need: bytes the model needs; models, where ``max_models`` is in the way.
+        used: how many of these were in use when it was refused.
+        limit: how many there may be.
+        holders: ``(model, leases, age of the oldest lease in seconds)`` for each leased model in the way; empty where
+            what is in the way is not the cache's.
     """
 
     tier: str | None = None
@@ -179,7 +180,10 @@ class NoRoom(ModelCacheError, MemoryError):
 
 
 class LoadFailed(ModelCacheError):
-    """The user's ``load`` raised (see ``__cause__``), returned None, or asked for itself in a circle."""
+    """The user's ``load`` raised (see ``__cause__``), returned None, or asked for itself in a circle.
+
+    Also where ``size_of`` or a ``Source`` raised what is none of these errors, or the disk is broken.
+    """
 
 
 class CacheClosed(ModelCacheError):
@@ -187,7 +191,7 @@ class CacheClosed(ModelCacheError):
 
 
 class Timeout(ModelCacheError, TimeoutError):
-    """The caller's wait ended before the model was there; the fetch and the load go on.
+    """The caller's wait ended before the model was there; a fetch or load under way goes on.
 
     Attributes:
         timeout: seconds waited.

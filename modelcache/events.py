@@ -186,7 +186,7 @@ class Evicted(Event):
 
 @attrs.frozen(kw_only=True, str=False)
 class Reclaimed(Event):
-    """A batch of evictions is over, and freed heap was given back to the system.
+    """A batch of evictions for a memory limit is over; for the watermark freed heap was given back to the system, too.
 
     ``used``, ``limit``, ``high`` and ``low`` are those of the memory, after it and whatever the reason.
 

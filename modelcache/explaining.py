@@ -41,7 +41,7 @@ _MOST = 5  # holders that are named
 def explain(parts: Machinery[Any], model: str) -> str:
     """Return the paragraph; looking is no use of a model."""
     parts.settle()
-    limits = parts.memory.limits()
+    limits, source = parts.memory.limits(), parts.memory.limit_source
     recent = [event for event in list(parts.teller.recent) if event.model == model]
     with parts.guard:
         parts.residents.drain()
@@ -50,7 +50,7 @@ def explain(parts: Machinery[Any], model: str) -> str:
             *_past(parts, model, recent),
             *_lingering(parts, model),
             *_failure(parts, model, recent),
-            *_state(parts, limits),
+            *_state(parts, limits, source),
         ]
     return " ".join(sentence if sentence.endswith(".") else f"{sentence}." for sentence in sentences)
 
@@ -234,9 +234,9 @@ def _failure(parts: Machinery[Any], model: str, recent: list[Event]) -> Iterator
         yield f"{what} failed{when}: {event.message}"
 
 
-def _state(parts: Machinery[Any], limits: Limits) -> Iterator[str]:
-    """Tell how the memory tier is."""
-    reading, source = limits.reading, parts.memory.limit_source
+def _state(parts: Machinery[Any], limits: Limits, source: str | None) -> Iterator[str]:
+    """Tell how the memory tier is; ``source``: what set its limit."""
+    reading = limits.reading
     if reading is None:
         yield "Memory in use can't be read now, so that no watermark holds"
     else:

@@ -220,7 +220,7 @@ class Prefetch:
     def states(self) -> dict[str, str]:
         """The state of each model, in the order in which they were asked for; never waits.
 
-        ``"queued"``, ``"fetching"``, ``"waiting for room"``, ``"waiting for a measurement"`` and ``"loading"`` are as
+        ``"queued"``; ``"fetching"``, ``"waiting for room"``, ``"waiting for a measurement"`` and ``"loading"``, as
         in ``models()``; the ends are ``"ready"``, ``"failed"`` (see ``errors``) and ``"cancelled"``.
         """
         with self._guard:

@@ -7,6 +7,7 @@ import ast
 import graphlib
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +125,17 @@ def test_imports_point_down(name: str) -> None:
 def test_order_is_kept_up() -> None:
     """The order lists what is there, nothing that has gone."""
     assert {*ORDER, *MAY_IMPORT} <= {floor_of(name) for name in SOURCES}
+
+
+def test_readme_lists_the_modules() -> None:
+    """The README's table has all there is, and imports point down it."""
+    table = (Path(__file__).parents[1] / "README.md").read_text().partition("| module | ")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)/?`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    at = {module: number for number, row in enumerate(rows) for module in row}
+    assert set(at) == {floor_of(name) for name in SOURCES if name}
+    for name in filter(None, SOURCES):
+        for module in imports_of(name):
+            assert at[floor_of(module)] >= at[floor_of(name)], f"{module} stands above {name}, which imports it"
 
 
 def test_no_circle() -> None:

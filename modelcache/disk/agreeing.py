@@ -151,8 +151,9 @@ class Agreement:
         rows, seq, whole = book.changes(self._index.since(epoch), self._store.made)
         if rows or whole or seq != self._index.since(epoch):
             asked = book.asked(self._source, 0 if whole else self._index.since(epoch))
+            owner = self._store.owner
             with self._guard:
-                self._index.learn(epoch, rows, asked, seq, self._store.owner, whole=whole)
+                self._index.learn(epoch, rows, asked, seq, owner, whole=whole)
                 self._store.made = None
                 now = time.time()
                 for name in [row[0] for row in rows if row[USED] > now]:  # by a wrong clock: the latest for years

@@ -75,8 +75,8 @@ class Ledger:
         self._begin()
 
     def _begin(self) -> None:
-        # guards the connection: SQLite's own I/O happens under it, and the guard of the cache may be taken;
-        # no other lock, no fetch, load or deletion, no code of a user's but Policy.
+        # guards the connection: SQLite's own I/O happens under it, and the guard of the cache may be taken, as may the
+        # locks of workshop and lockfiles; no other lock, no fetch, load or deletion, no code of a user's but Policy.
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] = (0, 0)

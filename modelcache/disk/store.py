@@ -54,7 +54,8 @@ class Store:
         mode: permissions of all folders made here; files get the same without the execute bits.
 
     Raises:
-        AccessDenied: the folder can't be read or written, or what lies in it belongs to somebody else.
+        AccessDenied: the folder can't be read, or can't be written and is no tier yet, or what lies in it belongs to
+            somebody else.
         ConfigError: it is no folder, of a newer format, or on a file system without file locks.
     """
 

@@ -44,7 +44,8 @@ class DiskTier:
 
     Raises:
         ConfigError: a setting can't work, or the folder can't be one.
-        AccessDenied: the folder can't be read or written, or what lies in it belongs to somebody else.
+        AccessDenied: the folder can't be read, or what lies in it belongs to somebody else; or it can't be written, and
+            holds no models yet (else they are served, with a warning).
 
     Concurrency: settings may be read and assigned from any thread. An assignment returns once all that must
     go, and may, is gone. A tier serves one cache.

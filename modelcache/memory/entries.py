@@ -261,7 +261,7 @@ class Lease(Generic[T]):
         trace: TracebackType | None = None,  # noqa: ARG002
         /,
     ) -> None:
-        """Let the model go; whatever waits for that (unload, eviction, a newcomer) happens before this returns.
+        """Let the model go; an unload that waits for that, or a limit that is not met, is seen to before this returns.
 
         The arguments are those of ``__exit__``, and are ignored.
         """

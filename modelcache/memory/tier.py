@@ -162,17 +162,20 @@ class MemoryTier:
     @property
     def shared(self) -> str | None:
         """Which limit other processes share; None: nobody does, as far as the gauge says."""
-        try:
-            shared = getattr(self._gauge.gauge, "shared", None)
-        except Exception:  # noqa: BLE001 - a user's gauge, or no descriptor left
-            return None
-        return shared if isinstance(shared, str) else None
+        return self._told("shared")
 
     @property
     def limit_source(self) -> str | None:
         """What set the limit: path of a file, or words; None where a user's gauge does not say."""
-        source = getattr(self._gauge.gauge, "limit_source", None)
-        return source if isinstance(source, str) else None
+        return self._told("limit_source")
+
+    def _told(self, name: str) -> str | None:
+        """Return what the gauge says beside its readings; None where it does not, or not well."""
+        try:
+            told = getattr(self._gauge.gauge, name, None)
+        except Exception:  # noqa: BLE001 - a user's gauge, or no descriptor left
+            return None
+        return told if isinstance(told, str) else None
 
     @property
     def high(self) -> int:

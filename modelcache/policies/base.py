@@ -74,12 +74,13 @@ class Policy(Protocol):
     def requested(self, model: str, clock: int) -> None:
         """Note one request for ``model``.
 
-        Called for each request, hit or miss, in order, before :meth:`admitted` where that brings the model in;
-        so also for models that are not in the tier. Hits may be told late, in batches.
+        Called before :meth:`admitted` where that brings the model in; so also for models that are not in the tier. The
+        memory tier tells of hits late, in batches, of each batch the last 10,000, so perhaps after a later miss. The
+        disk tier tells of lookups that memory missed.
 
         Args:
             model: its id.
-            clock: how many requests the cache has had so far, this one included.
+            clock: how many requests the tier has had so far, this one included; it may skip some.
         """
 
     def admitted(self, resident: Resident) -> None:

@@ -45,9 +45,9 @@ class Worth:
     The answer depends on nothing but what was told, and is the formula's, however many models there are: of most of
     them it is known that they can't be the least worthy yet.
 
-    Cost: all methods O(1), but :meth:`victims`: 50 to 100 microseconds to the first victim in the median, whether
-    there are 1,000 models or 100,000; more where very many were asked for since the last call, and the first call
-    scores all, about a millisecond for each thousand.
+    Cost: all methods O(1), but :meth:`victims`: some tens of microseconds to the first victim in the median with 1,000
+    models, below 200 with 100,000; more where very many were asked for since the last call, and the first call scores
+    all, milliseconds for each thousand.
 
     Concurrency: as :class:`~modelcache.policies.Policy` says. :meth:`recall` and :meth:`standing` belong under
     the same lock.

@@ -55,8 +55,9 @@ class S3Source:
         extra: arguments for every call, such as ``RequestPayer``, ``ExpectedBucketOwner``,
             ``SSECustomerAlgorithm`` and ``SSECustomerKey``; each goes to the operations that take it.
         version: a function from model id to the VersionId to fetch, or to None for the latest.
-        connections: requests for bytes under way at once, those of all models together; an object takes up to 4
-            of them. On the way through memory are at most so many parts of 8 MiB, and one of each object.
+        connections: requests for bytes under way at once, those of all models together; an object that is
+            fetched alone takes up to 4 of them. On the way through memory are at most so many parts of 8 MiB,
+            and one of each object.
 
     Raises:
         ConfigError: an address, template or combination of arguments that can't work.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from modelcache import Failed, Loaded, LoadFailed, NoRoom
-from tests.support.fakes import DictSource
+from tests.support.fakes import DictSource, FakeGauge
 from tests.support.racing import Call, Counting, load_model, small_cache
 from tests.support.waiting import Gate, eventually
 
@@ -156,3 +156,33 @@ def test_two_callbacks_close(tmp_path: Path) -> None:
         cache.on(Failed, lambda _: cache.close(timeout=None))
         calls = [Call(cache.get, name) for name in "ab"]
         assert all(isinstance(call.error(), LoadFailed) for call in calls)
+
+
+class Sulking(FakeGauge):
+    """A gauge that reads well, and says nothing else."""
+
+    @property
+    def shared(self) -> str:
+        """Raise."""
+        raise OSError(24, "Too many open files")
+
+    @property
+    def limit_source(self) -> str:
+        """Raise."""
+        raise ValueError("no idea")
+
+
+class Mumbling(FakeGauge):
+    """A gauge that reads well, and talks nonsense else."""
+
+    shared = 7
+    limit_source = b"here"
+
+
+@pytest.mark.parametrize("gauge", [Sulking(), Mumbling()], ids=["raises", "no text"])
+def test_gauge_says_nothing_beside_its_readings(tmp_path: Path, gauge: FakeGauge) -> None:
+    """Under which limit a user's gauge stands is of use where it says so, and breaks no request where it does not."""
+    with small_cache(tmp_path, DictSource().add("a"), memory={"gauge": gauge}) as cache:
+        assert cache.get("a").name == "a"
+        assert "limit 1000 B" in cache.explain("a")
+        assert "set by" not in cache.explain("a")

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from modelcache.archives import Job, Writer, unpack
 from modelcache.archives.names import archive_suffix, has_suffix, single_name
+from modelcache.blocks import USUAL, Blocks
 from modelcache.sources.base import Artifact, Saving, Source, Stream, Watchable
 
 _CHUNK = 2**18
@@ -60,6 +61,7 @@ def fetch(
     check: Callable[[], None],
     count: Callable[[int], None],
     mode: int,
+    blocks: Blocks = USUAL,
 ) -> Path:
     """Bring one artifact into a staged folder; return what the loader gets, still inside that folder.
 
@@ -70,13 +72,14 @@ def fetch(
         grow: charges bytes about to be written (negative: given back); raises where there is no room.
         check: called between two reads, and now and then while bytes are waited for; raises to stop.
         mode: permissions of folders; files get the same without the execute bits.
+        blocks: how the file system allocates.
         count: called with the number of stored bytes that have arrived since the last time.
 
     Raises:
         ModelCacheError: as ``Source.open``, ``Stream.read`` and ``archives.unpack``.
         OSError: the disk is full, or broken.
     """
-    writer = Writer(staging.target, Job(artifact.model, artifact.size), grow, mode)
+    writer = Writer(staging.target, Job(artifact.model, artifact.size), grow, mode, blocks)
     if artifact.folder:
         _fetch_files(source, artifact, writer, check, count)
         writer.finish()
@@ -97,6 +100,7 @@ def fetch(
             grow=grow,
             spool=staging.spool,
             mode=mode,
+            blocks=blocks,
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from modelcache.blocks import charged
 from modelcache.disk.held import Held
 from modelcache.disk.items import RECHECK, Staging
 from modelcache.disk.layout import Record
@@ -186,7 +185,7 @@ class Fetcher(Generic[T]):
 
     def _stage(self, flight: Flight[T], artifact: Artifact, quest: _Quest) -> Staging:
         try:
-            taken = sum(charged(file.size) for file in artifact.files)
+            taken = sum(self.publisher.blocks.charged(file.size) for file in artifact.files)
             return self.publisher.stage(self._trip(flight), taken, flight.least, quest.beside, quest.known)
         except OSError as error:  # of a folder, or of the ledger, on a full disk
             if isinstance(error, ModelCacheError):
@@ -209,6 +208,7 @@ class Fetcher(Generic[T]):
                 check=lambda: check_cancelled(flight),
                 count=functools.partial(self._count, flight),
                 mode=self.publisher.mode,
+                blocks=self.publisher.blocks,
             )
             record = Record(
                 model=flight.model,

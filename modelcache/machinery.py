@@ -17,6 +17,7 @@ from modelcache.disk.agreeing import Agreement
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.publishing import Publisher
+from modelcache.disk.removing import Remover
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.shelf import Shelf
 from modelcache.disk.tier import DiskTier
@@ -102,13 +103,14 @@ class Machinery(Generic[T]):
         self.memory.bind(self._retuned)
         index = Index(self.source.url, self.disk.policy)
         agreed = Agreement(self.disk.store, self.source.url, index, self.guard, lambda: self.disk.budget)
-        self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, Above(self.residents, self.room), self.teller)
-        self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, self.disk_room, self.teller)
+        remover, above = Remover(self.disk.store, index, self.guard, agreed), Above(self.residents, self.room)
+        self.disk_room = DiskRoom(self.disk, index, self.guard, agreed, above, self.teller, remover)
+        self.shelf = Shelf(self.disk, self.source.url, self.guard, index, agreed, remover, self.teller)
         self.flights: Flights[T] = Flights(self.guard, retry_after, loaders)
         self.flights.pressed = self.workers.pressed
         self.monitor = Monitor(self._look, self.memory.interval)
         store, room = self.disk.store, self.disk_room
-        publisher = Publisher(store, self.source.url, self.guard, index, agreed, room)
+        publisher = Publisher(store, self.source.url, self.guard, index, agreed, room, remover)
         self.fetcher: Fetcher[T] = Fetcher(
             self.source, self.shelf, publisher, self.flights, self.residents, self.guard, self.teller
         )

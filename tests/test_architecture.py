@@ -17,6 +17,7 @@ ORDER = (
     # Ground floor first. A module may import what stands before it, and from its own package.
     "errors",
     "units",
+    "openfiles",
     "blocks",
     "ids",
     "calling",

@@ -15,6 +15,7 @@ from modelcache.archives.sniff import HEADER, Kind, describe, is_tar, sniff
 from modelcache.archives.tar import unpack_tar
 from modelcache.archives.writer import Writer
 from modelcache.archives.zip import unpack_zip
+from modelcache.blocks import USUAL, Blocks
 from modelcache.errors import ArtifactCorrupt, UnsafeArtifact
 
 LIMITS = Limits()
@@ -32,6 +33,7 @@ def unpack(
     grow: Callable[[int], None],
     spool: Path,
     mode: int = 0o700,
+    blocks: Blocks = USUAL,
 ) -> Path:
     """Make a folder or a file of the bytes of one file; the package's docstring has the rules.
 
@@ -50,6 +52,7 @@ def unpack(
             written; negative for bytes given back. What it raises passes through.
         spool: path for a temporary file, charged through ``grow`` while it exists.
         mode: mode of folders. Files get its read and write bits, programs its execute bits too.
+        blocks: how the file system allocates.
 
     Returns:
         What the loader is given: ``target`` for an archive, the file inside it for a single file.
@@ -62,7 +65,7 @@ def unpack(
     """
     job = Job(model=model, size=size, limits=LIMITS)
     source = Source(stream)
-    writer = Writer(target, job, grow, mode)
+    writer = Writer(target, job, grow, mode, blocks)
     try:
         kind = _kind(source, job, name.rpartition("/")[2])
         if kind is None:

@@ -16,12 +16,13 @@ from pathlib import Path
 from modelcache.archives.job import CHUNK, Job
 from modelcache.archives.names import split
 from modelcache.archives.tree import Node
-from modelcache.blocks import BLOCK, charged, set_length
+from modelcache.blocks import BLOCK, USUAL, Blocks, set_length
+from modelcache.openfiles import NewFile, OpenFile
 from modelcache.units import format_bytes
 
 _UNSTORABLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_INDEX = 4 * BLOCK  # what a folder takes for its names, once these are more than one block: XFS has three for an index
 
 
 class Writer:
@@ -35,13 +36,15 @@ class Writer:
         job: for limits and errors.
         grow: called with the bytes of disk about to be used, negative for bytes given back.
         mode: mode of folders; files get its read and write bits, and its execute bits where they are programs.
+        blocks: how the file system allocates.
     """
 
-    def __init__(self, target: Path, job: Job, grow: Callable[[int], None], mode: int) -> None:
+    def __init__(self, target: Path, job: Job, grow: Callable[[int], None], mode: int, blocks: Blocks = USUAL) -> None:
         self._target = target
         self._job = job
         self._grow = grow
         self._mode = mode | 0o700  # we must be able to fill it and to delete it
+        self.blocks = blocks
         self._root = Node(parent=None, folder=True, charged=BLOCK)
         self._links: dict[Node, Path] = {}
         self._members = 0
@@ -68,11 +71,11 @@ class Writer:
         node, path = self._leaf(name)
         return self._create(node, path, program=program, length=size)
 
-    def reserve(self, name: str, size: int) -> Callable[[], int]:
+    def reserve(self, name: str, size: int) -> Callable[[], OpenFile]:
         """Make room for a file of a known size; the result makes it, empty, and opens it: on any thread, once."""
         self._count(name)
         node, path = self._leaf(name)
-        taken = charged(size)
+        taken = self.blocks.charged(size)
         self._grow(taken)
         node.charged = taken
         return lambda: self._open(node, path, program=False, length=size)
@@ -118,7 +121,7 @@ class Writer:
         for node in self._links:
             node.resolve(self._job)
         for node, path in self._links.items():
-            self._grow(BLOCK)
+            self._grow(self.blocks.charged(BLOCK))
             with self._storing(node.member):
                 path.symlink_to(node.goal or "")
 
@@ -126,34 +129,40 @@ class Writer:
     def _create(
         self, node: Node, path: Path, *, program: bool, length: int
     ) -> Iterator[Callable[[bytes | memoryview], None]]:
-        with os.fdopen(self._open(node, path, program=program, length=length), "wb", buffering=0) as file:
+        if self.blocks.beside:  # which an empty file takes, too
+            node.charged = self.blocks.charged(min(length, CHUNK))
+            self._grow(node.charged)
+        with self._open(node, path, program=program, length=length) as file:
             size = 0
 
             def write(data: bytes | memoryview) -> None:
                 nonlocal size
                 size += len(data)
-                if (more := charged(size) - node.charged) > 0:
+                if (more := self.blocks.charged(size) - node.charged) > 0:
                     self._check_size(size, node.member)
                     self._grow(more)
                     node.charged += more
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.write(rest) :]
+                file.write(data)
 
             yield write
             if size < length:
-                file.truncate()
+                os.ftruncate(file.descriptor, size)
+            file.finish()
 
     def _check_size(self, size: int, member: str) -> None:
         if size > self._job.limits.file:
             raise self._job.unsafe(f"a file over {format_bytes(self._job.limits.file)}", member)
 
-    def _open(self, node: Node, path: Path, *, program: bool, length: int) -> int:
+    def _open(self, node: Node, path: Path, *, program: bool, length: int) -> OpenFile:
         with self._storing(node.member):
-            handle = os.open(path, _NEW, 0o600)
-        os.fchmod(handle, self._mode & (0o777 if program else 0o666))  # whatever the umask
-        set_length(handle, length)
-        return handle
+            file = NewFile(path)
+        try:
+            os.fchmod(file.descriptor, self._mode & (0o777 if program else 0o666))  # whatever the umask
+        except BaseException:
+            file.close()
+            raise
+        set_length(file.descriptor, length)
+        return file
 
     def _count(self, member: str) -> None:
         self._members += 1
@@ -173,7 +182,7 @@ class Writer:
             if kid is None:
                 self._count(member)
                 kid = self._add(here, part, Node(parent=here, member=member, folder=True, charged=BLOCK))
-                self._grow(BLOCK)
+                self._grow(self.blocks.folder)
                 path = self._target.joinpath(*parts[:depth])
                 with self._storing(member):
                     path.mkdir(0o700)
@@ -200,7 +209,8 @@ class Writer:
         if part not in parent.kids:
             parent.names += 2 * (len(os.fsencode(part)) + 16)  # a folder of many names is itself big
             if parent.names > parent.charged:
-                self._grow(BLOCK)
+                more = BLOCK if parent.charged > BLOCK else _INDEX  # which an index of them takes, too
+                self._grow(max(more, self.blocks.unit))
                 parent.charged += BLOCK
         parent.kids[part] = node
         return node

@@ -21,8 +21,9 @@ from modelcache.archives.job import CHUNK, Job
 from modelcache.archives.names import split
 from modelcache.archives.writer import Writer
 from modelcache.archives.zipdir import find_data, find_directory
-from modelcache.blocks import charged, set_length
+from modelcache.blocks import Blocks, set_length
 from modelcache.errors import ModelCacheError
+from modelcache.openfiles import NewFile
 
 # what zipfile raises at damaged input, its documented error among them
 _FAULTS = (
@@ -50,7 +51,7 @@ def unpack_zip(source: Source, writer: Writer, job: Job, spool: Path, grow: Call
         ArtifactCorrupt: cut off, damaged, encrypted, or with more than zeros behind it.
         UnsafeArtifact: an entry that must not be made, or entries that overlap.
     """
-    with _spooled(source, spool, job, grow) as file:
+    with _spooled(source, spool, job, grow, writer.blocks) as file:
         directory = find_directory(file, os.fstat(file.fileno()).st_size, job)
         with _reading(job):
             archive = zipfile.ZipFile(file)
@@ -62,16 +63,18 @@ def unpack_zip(source: Source, writer: Writer, job: Job, spool: Path, grow: Call
 
 
 @contextlib.contextmanager
-def _spooled(source: Source, spool: Path, job: Job, grow: Callable[[int], None]) -> Iterator[BinaryIO]:
+def _spooled(source: Source, spool: Path, job: Job, grow: Callable[[int], None], blocks: Blocks) -> Iterator[BinaryIO]:
     taken = size = 0
     spool.unlink(missing_ok=True)
-    handle = os.open(spool, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if blocks.beside:
+        grow(taken := blocks.beside)
     try:
-        with os.fdopen(handle, "w+b") as file:
-            set_length(handle, job.size)
+        held = NewFile(spool)
+        with held, os.fdopen(held.descriptor, "w+b", closefd=False) as file:
+            set_length(held.descriptor, job.size)
             while data := source.read(CHUNK):
                 size += len(data)
-                if (more := charged(size) - taken) > 0:
+                if (more := blocks.charged(size) - taken) > 0:
                     grow(more)
                     taken += more
                 file.write(data)

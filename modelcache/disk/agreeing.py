@@ -66,12 +66,15 @@ class Agreement:
     def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
         """Run a transaction that reads and writes; see ``Ledger.change``."""
         self._refuse_nesting()
-        debts, tries = list(self._debts), list[Book]()
+        tries = list[Book]()
 
         def run(book: Book) -> R:
             self._undo(tries)
             tries.append(book)
-            for debt in debts:
+            while self._debts:  # each once: another transaction waits for this one
+                debt = self._debts[0]
+                book.undo.append(functools.partial(self._owe, debt))  # first, as an interrupt may come between
+                self._debts.remove(debt)
                 debt(book)
             return decide(book)
 
@@ -80,8 +83,12 @@ class Agreement:
         except BaseException as error:
             self._undo(tries, doubt=not isinstance(error, FetchedElsewhere))  # which comes before anything is decided
             raise
-        self._debts = [debt for debt in self._debts if debt not in debts]
         return result
+
+    def _owe(self, debt: Callable[[Book], object]) -> None:
+        """Take back that a debt was paid."""
+        if debt not in self._debts:
+            self._debts.insert(0, debt)
 
     def _undo(self, tries: list[Book], *, doubt: bool = True) -> None:
         """Take back what a transaction that failed has done here: nothing of it is in the ledger."""

@@ -273,8 +273,9 @@ class Book:
         return {owner for (owner,) in self._sql(f"{query} WHERE owner IS NOT NULL")}
 
     def register(self, owner: str, settings: str) -> None:
-        """Note a process."""
+        """Note a process; what is set aside for its fetches, it tells anew."""
         self._sql("INSERT OR REPLACE INTO processes VALUES (?, ?)", (owner, settings))
+        self._sql("DELETE FROM holds WHERE owner = ? AND source != ''", (owner,))
 
     def leave(self, owner: str) -> None:
         """Forget that a process uses the folder, but nothing that is set aside for it."""
@@ -288,6 +289,11 @@ class Book:
         """Return the folders that a process was bringing or removing."""
         found = self._sql("SELECT name, state FROM artifacts WHERE owner = ? AND state != ?", (owner, State.GONE))
         return [(name, State(state)) for name, state in found]
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the bytes of some folders."""
+        query = "SELECT bytes FROM artifacts WHERE name = ?"
+        return {name: size for name in names for (size,) in self._sql(query, (name,))}
 
     def arriving(self, source: str, model: str) -> set[str]:
         """Return the processes that are about to publish a model."""

@@ -11,13 +11,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from modelcache.disk.lockfiles import LockFile
+from modelcache.blocks import USUAL, Blocks
+from modelcache.openfiles import OpenFile
 
 _AT_ONCE = 16 * 1024  # bytes of a file that are read by one call
 
 
-def allocated(folder: Path) -> int:
-    """Return the bytes that the file system allocated for a folder and all that is in it."""
+def allocated(folder: Path, blocks: Blocks = USUAL) -> int:
+    """Return the bytes that the file system allocated for a folder and all that is in it; see ``Blocks.prompt``."""
     total = folder.lstat().st_blocks * 512
     seen: set[int] = set()
     for entry in walk(folder):
@@ -26,7 +27,9 @@ def allocated(folder: Path) -> int:
             if status.st_ino in seen:
                 continue
             seen.add(status.st_ino)
-        total += status.st_blocks * 512
+        total += (
+            status.st_blocks * 512 if blocks.prompt else max(status.st_blocks * 512, blocks.charged(status.st_size))
+        )
     return total
 
 
@@ -125,7 +128,7 @@ def same(descriptor: int, path: Path) -> bool:
 
 def sweep_one(leftover: Path) -> None:
     """Delete what a dead process left; raise OSError where a live one has it locked."""
-    held = LockFile(leftover, os.O_RDONLY)
+    held = OpenFile(leftover, os.O_RDONLY)
     try:
         fcntl.flock(held.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if leftover.is_dir():

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from modelcache.disk.files import same
-from modelcache.disk.lockfiles import LockFile
 from modelcache.disk.pins import Pin
 from modelcache.disk.workshop import FOLDER
+from modelcache.openfiles import OpenFile
 
 
 class FolderPin:
@@ -20,7 +20,7 @@ class FolderPin:
 
     __slots__ = ("_file", "_open")
 
-    def __init__(self, file: LockFile, known: set[LockFile]) -> None:
+    def __init__(self, file: OpenFile, known: set[OpenFile]) -> None:
         self._file = file
         self._open = known
         known.add(file)
@@ -39,7 +39,7 @@ class FolderPins:
     """
 
     def __init__(self) -> None:
-        self._open: set[LockFile] = set()
+        self._open: set[OpenFile] = set()
 
     def take(self, folder: Path, staged: Path) -> Pin | None:
         """Pin a folder, which may still lie at ``staged``; None where it is gone, or being removed right now.
@@ -97,10 +97,10 @@ class FolderPins:
         """Nothing is open but what is pinned."""
 
 
-def _open(folder: Path) -> LockFile | None:
+def _open(folder: Path) -> OpenFile | None:
     """Open a folder; None where it is gone, or no folder any more."""
     try:
-        return LockFile(folder, FOLDER)
+        return OpenFile(folder, FOLDER)
     except OSError as error:
         if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
             return None

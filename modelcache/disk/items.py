@@ -121,6 +121,7 @@ class Staging:
         id: under which the ledger knows it.
         reserved: bytes set aside in the budget.
         charged: bytes of these that were written or are about to be.
+        recorded: how many of these are for the record.
         told: how many of these the ledger knows of.
         waiting: it can't go on before others give room.
         wanted: bytes that others were told it waits for.
@@ -135,6 +136,7 @@ class Staging:
     id: str = attrs.field(factory=lambda: secrets.token_hex(8))
     reserved: int = 0
     charged: int = 0
+    recorded: int = 0
     told: int = 0
     waiting: bool = False
     wanted: int = 0

@@ -9,7 +9,8 @@
         record.json                                what it is (``Record``): the ledger can be rebuilt from these
         figures.json                               what it takes in memory (``disk.figures``)
         artifact/                                  what the loader gets, or the single file in it
-    <path>/tmp/<process>/                          what one live process stages or removes
+    <path>/tmp/<process>/                          what one live process stages or removes: a folder as above, in whose
+                                                   record.json there is a ``Draft`` until it is complete
 
 A generation is never changed once it is published: a new version is a new folder. Reading and writing
 these is ``disk.store``; which of them may stay is ``disk.tier``.
@@ -30,6 +31,8 @@ FORMAT = 2
 MARKER = "modelcache.json"
 RECORD = "record.json"
 ARTIFACT = "artifact"
+UNSEALED = "0" * 64
+"""Digest in a record whose artifact is being brought to the disk."""
 
 _PUBLISHED = re.compile(r"[a-z0-9._]{1,40}-[0-9a-f]{32}\.[0-9a-f]{8}")
 _DIGITS = 20  # room for any number of bytes
@@ -86,6 +89,37 @@ class Record(NamedTuple):
     def path(self, folder: Path) -> Path:
         """Return what the loader gets, for a record that lies in ``folder``."""
         return folder / ARTIFACT if self.single is None else folder / ARTIFACT / self.single
+
+
+class Draft(NamedTuple):
+    """What a folder says of itself while an artifact is staged in it, in the place of its record.
+
+    Attributes:
+        hold: under which id the ledger has set bytes aside for it.
+        source: URL of its source.
+        model: its id.
+        reserved: bytes that were set aside at the beginning.
+    """
+
+    hold: str
+    source: str
+    model: str
+    reserved: int
+
+    def to_json(self) -> str:
+        """Return the text."""
+        return json.dumps({"draft": FORMAT, **self._asdict()}, ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Draft | None":
+        """Return the draft in ``text``; None where that is something else."""
+        try:
+            fields = json.loads(text)
+            draft = cls(**fields) if fields.pop("draft") == FORMAT else None
+            "".join(draft[:-1] if draft else ()).encode()  # what is no text, or a lone surrogate, raises
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        return draft if draft and type(draft.reserved) is int and 0 <= draft.reserved < _FAR else None
 
 
 _values = itemgetter(*Record._fields)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from modelcache.disk.book import VERSION, Book, create
-from modelcache.disk.lockfiles import LockFile
+from modelcache.openfiles import OpenFile
 
 R = TypeVar("R")
 
@@ -38,6 +38,7 @@ _DAMAGED = {
     sqlite3.SQLITE_IOERR_SHORT_READ,
     sqlite3.SQLITE_IOERR_CORRUPTFS,
 }
+_PLAIN = sqlite3.SQLITE_ERROR
 _WAITS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL}
 _NO_SPACE = {sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMOPEN}  # what a start meets on a full disk
 _SPARE = 64 * 2**10  # bytes that are given up where the disk is full
@@ -76,7 +77,7 @@ class Ledger:
 
     def _begin(self) -> None:
         # guards the connection: SQLite's own I/O happens under it, and the guard of the cache may be taken, as may the
-        # locks of workshop and lockfiles; no other lock, no fetch, load or deletion, no code of a user's but Policy.
+        # locks of workshop and openfiles; no other lock, no fetch, load or deletion, no code of a user's but Policy.
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] = (0, 0)
@@ -103,7 +104,7 @@ class Ledger:
         return self._run("BEGIN", decide, check)
 
     def _run(self, begin: str, decide: Callable[[Book], R], check: Callable[[], None] | None) -> R:
-        replaced, seen = False, (0, 0)
+        replaced, reopened, seen = False, False, (0, 0)
         while True:
             try:
                 with self._lock:
@@ -119,11 +120,12 @@ class Ledger:
                 if code not in _WAITS and exact not in _NO_SPACE:
                     if replaced:
                         raise OSError(errno.EIO, f"{error} ({self._path})") from error
-                    # other codes (no descriptor or memory left, a file system that refuses) say nothing of the file
-                    if self._path is not None and _DAMAGED & {code, exact}:
+                    # other codes (no descriptor or memory left, a file system that refuses) say nothing of the file,
+                    # and a plain error perhaps of this connection only
+                    if self._path is not None and _DAMAGED & {code, exact} and (reopened or exact != _PLAIN):
                         replaced = self._replace(self._path, seen)
                     else:
-                        replaced = True
+                        reopened, replaced = True, reopened or exact != _PLAIN
                         self.close()
             if check is not None:
                 check()
@@ -150,8 +152,8 @@ class Ledger:
 
     def _transact(self, begin: str, decide: Callable[[Book], R]) -> R:
         connection = self._connect()
-        connection.execute(begin)
         try:
+            connection.execute(begin)  # an interrupt may come right after it
             result = decide(Book(connection))
             connection.execute("COMMIT")
         except BaseException:
@@ -226,7 +228,7 @@ class Ledger:
 
         Who is stopped in here keeps newcomers out, but nobody waits for it with a lock held.
         """
-        held = LockFile(f"{path}.lock", os.O_RDWR | os.O_CREAT, self._mode)
+        held = OpenFile(f"{path}.lock", os.O_RDWR | os.O_CREAT, self._mode)
         try:
             if os.fstat(held.descriptor).st_uid == os.geteuid():
                 os.fchmod(held.descriptor, self._mode)

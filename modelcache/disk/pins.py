@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from modelcache.disk.files import same
-from modelcache.disk.lockfiles import LockFile
+from modelcache.openfiles import OpenFile
 
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid; padded
 _BUSY = {errno.EAGAIN, errno.EACCES}
@@ -104,7 +104,7 @@ class RangePins:
         self._path = path
         self._mode = mode
         self._writable = writable
-        self._inherited: list[LockFile] = []  # which carry locks that are still wanted
+        self._inherited: list[OpenFile] = []  # which carry locks that are still wanted
         self._age = 0  # forks on the way from the process that made it
         self._begin()
 
@@ -112,7 +112,7 @@ class RangePins:
         # guards the descriptors and counts; calls that never wait (fcntl, open, fstat) are all that happens under it.
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
-        self._readers: LockFile | None = None
+        self._readers: OpenFile | None = None
 
     def probe(self) -> None:
         """Make sure that locks exclude one another.
@@ -134,10 +134,10 @@ class RangePins:
             first.close()
             second.close()
 
-    def _open(self) -> LockFile:
+    def _open(self) -> OpenFile:
         if not self._writable:
-            return LockFile(self._path, os.O_RDONLY)
-        file = LockFile(self._path, os.O_RDWR | os.O_CREAT, self._mode & 0o666)
+            return OpenFile(self._path, os.O_RDONLY)
+        file = OpenFile(self._path, os.O_RDWR | os.O_CREAT, self._mode & 0o666)
         try:
             if os.fstat(file.descriptor).st_uid == os.geteuid():
                 os.fchmod(file.descriptor, self._mode & 0o666)  # whatever the umask
@@ -146,7 +146,7 @@ class RangePins:
             raise
         return file
 
-    def _look(self) -> LockFile:
+    def _look(self) -> OpenFile:
         """Return the file as others see it, with all pins on it: somebody may have removed it under us.
 
         The lock is held.

@@ -4,22 +4,22 @@ What is fetched into the staged folder is ``fetch``'s business, room is made by 
 read by way of ``disk.shelf``.
 """
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from modelcache.blocks import BLOCK
+from modelcache.blocks import Blocks
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book, State
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import Item, Staging, Wish
-from modelcache.disk.layout import Record, folder_prefix
+from modelcache.disk.layout import UNSEALED, Draft, Record, folder_prefix
 from modelcache.disk.refusals import read_only
+from modelcache.disk.removing import Remover
 from modelcache.disk.reserving import DiskRoom
 from modelcache.disk.store import Store
 from modelcache.guard import Guard
-
-_OVERHEAD = 4 * BLOCK  # the published folder, artifact/ in it, the record, and the figures
 
 
 class Publisher:
@@ -32,10 +32,18 @@ class Publisher:
         index: what lies there.
         agreed: what all processes agree on.
         room: makes room for more.
+        remover: removes earlier versions.
     """
 
     def __init__(
-        self, store: Store, source: str, guard: Guard, index: Index, agreed: Agreement, room: DiskRoom
+        self,
+        store: Store,
+        source: str,
+        guard: Guard,
+        index: Index,
+        agreed: Agreement,
+        room: DiskRoom,
+        remover: Remover,
     ) -> None:
         self._store = store
         self._source = source
@@ -43,11 +51,21 @@ class Publisher:
         self._index = index
         self._agreed = agreed
         self._room = room
+        self._remover = remover
 
     @property
     def mode(self) -> int:
         """Permissions of folders made in this tier."""
         return self._store.mode
+
+    @property
+    def blocks(self) -> Blocks:
+        """How the file system allocates."""
+        return self._store.blocks
+
+    def _overhead(self, length: int) -> int:
+        """Return what the published folder takes, with artifact/, the figures, and a record of that length in it."""
+        return 2 * self.blocks.folder + self.blocks.charged(1) + self.blocks.charged(length)
 
     @property
     def path(self) -> Path:
@@ -78,12 +96,15 @@ class Publisher:
         with self._guard:
             self._index.stagings.add(staging)
         try:
-            self._room.reserve(staging, max(size + _OVERHEAD, least))
-            staging.folder = self._store.stage()
+            longest = len(Draft(staging.id, self._source, wish.model, sys.maxsize).to_json())
+            overhead = self._overhead(longest)
+            draft = Draft(staging.id, self._source, wish.model, max(size + overhead, least)).to_json()
+            self._room.reserve(staging, max(size + overhead, least))
+            staging.folder = self._store.stage(draft)
         except BaseException:
             self._drop(staging)
             raise
-        staging.charged = _OVERHEAD
+        staging.charged, staging.recorded = overhead, self.blocks.charged(longest)
         return staging
 
     def grow(self, staging: Staging, amount: int) -> None:
@@ -111,6 +132,7 @@ class Publisher:
             self._agreed.settle(lambda book: self._let_go(book, ids))
 
     def _let_go(self, book: Book, ids: Iterable[str]) -> None:
+        self._agreed.learn(book)
         book.let_go(ids)
         self._agreed.count(book)
 
@@ -123,6 +145,7 @@ class Publisher:
             self._guard.notify()
 
     def _dropped(self, book: Book, staging: Staging, debris: Path | None) -> None:
+        self._agreed.learn(book)  # the ledger may be a new one
         self._end(book, staging)
         if debris is not None:
             self._agreed.leave(book, debris, staging.reserved)
@@ -130,7 +153,7 @@ class Publisher:
 
     def _end(self, book: Book, staging: Staging) -> None:
         """Set nothing aside for a staging any more; nor does the next transaction, which may tell of all anew."""
-        book.let_go([staging.id])
+        book.let_go([staging.id, staging.folder.name])  # the one, or in a ledger that was made anew, the other
         with self._guard:
             if staging in self._index.stagings:
                 self._index.stagings.discard(staging)
@@ -143,6 +166,9 @@ class Publisher:
             TooLarge, NoRoom, Contention: what the file system allocated does not fit.
             OSError: the disk is full, or broken.
         """
+        length = len(record._replace(digest=UNSEALED).to_json())
+        if (more := self.blocks.charged(length) - staging.recorded) > 0:  # of a long id, or a long URL
+            self.grow(staging, more)
         record = self._store.seal(staging.folder, record)
         if record.bytes > staging.reserved:
             self._room.reserve(staging, record.bytes - staging.reserved)
@@ -161,16 +187,17 @@ class Publisher:
                 pin.close()
             with self._guard:
                 self._index.unpin(item)
+                self._index.stagings.add(staging)
             self._store.withdraw(name, staging.folder)
             self._agreed.settle(lambda book: self._returned(book, staging, item))
             raise
         late: list[bool] = []
-        old = self._agreed.settle(lambda book: self._arrived(book, item, late=bool(late))) or []
+        old = self._agreed.settle(lambda book: self._arrived(book, staging, item, late=bool(late))) or []
         late.append(True)
         with self._guard:
             item = self._same(item)
             self._guard.notify()
-        self._room.remove(old)
+        self._remover.remove(old)
         return Held(item, self._store.folder(name), pin)
 
     def _same(self, item: Item) -> Item:
@@ -195,11 +222,14 @@ class Publisher:
         book.gone([item.name])
         with self._guard:
             self._index.forget(item)
-        self._agreed.hold(book, staging, staging.reserved)
+            wanted = staging in self._index.stagings  # else it was discarded meanwhile
+        if wanted:
+            self._agreed.hold(book, staging, staging.reserved)
 
-    def _arrived(self, book: Book, item: Item, *, late: bool) -> list[Item]:
+    def _arrived(self, book: Book, staging: Staging, item: Item, *, late: bool) -> list[Item]:
         """Serve what was published, and begin to remove earlier versions of it; ``late``: leave that to others."""
         self._agreed.learn(book)
+        book.let_go([staging.folder.name])
         book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)  # it may be another ledger
         self._agreed.learn(book)
         with self._guard:

@@ -1,12 +1,11 @@
 """Making room on disk: evict, and wait where nothing may go.
 
-It acts, outside the guard, on what ``disk.index`` decides under it; files are removed by ``disk.store``.
+It acts, outside the guard, on what ``disk.index`` decides under it; files are removed by ``disk.removing``.
 """
 
 import functools
 import time
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import attrs
 
@@ -15,14 +14,13 @@ from modelcache.disk.book import Book, State
 from modelcache.disk.index import Index
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Staging, Wish
 from modelcache.disk.refusals import Contention, no_room, too_large
+from modelcache.disk.removing import Remover
 from modelcache.disk.sweeping import sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.disk.upstairs import Upstairs
 from modelcache.events import Event, Evicted
 from modelcache.guard import Guard
-from modelcache.telling import Teller, complain
-
-_STUCK = 30.0  # seconds until the removal of what the system refuses to remove is tried again
+from modelcache.telling import Teller
 
 
 @attrs.frozen
@@ -54,6 +52,7 @@ class DiskRoom:
         agreed: what all processes agree on.
         upstairs: the memory tier.
         teller: takes events, outside the guard.
+        remover: removes who goes.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class DiskRoom:
         agreed: Agreement,
         upstairs: Upstairs,
         teller: Teller,
+        remover: Remover,
     ) -> None:
         self._tier = tier
         self._store = tier.store
@@ -72,6 +72,7 @@ class DiskRoom:
         self._agreed = agreed
         self._upstairs = upstairs
         self._teller = teller
+        self._remover = remover
         self.evictions = 0
 
     def _read_limits(self) -> DiskLimits:
@@ -92,7 +93,7 @@ class DiskRoom:
             limits = self._read_limits()
             if limits.budget is not None and staging.beside + staging.reserved + amount > limits.budget:
                 raise too_large(staging.wish.model, staging.reserved + amount, staging.beside, limits.budget)
-            decision = self._decide(staging, amount, limits, evict=swept)
+            decision = self._evict(staging, amount, limits, evict=swept)
             if decision.granted:
                 return
             with self._guard:
@@ -102,8 +103,7 @@ class DiskRoom:
                 sweep(self._store)
                 swept = True
             elif decision.victims:
-                self._teller.tell(decision.told)
-                self.remove(decision.victims)
+                continue
             elif (
                 behind
                 or decision.shortage.missing <= 0
@@ -114,10 +114,20 @@ class DiskRoom:
                 self._wait(staging, amount, decision)
                 swept = not self._index.others.sharing
 
-    def _decide(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
+    def _evict(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
+        """Set the bytes aside, or have just enough go, where that may be."""
+        with self._remover.duty() as due:
+            decision = self._decide(staging, amount, limits, due, evict=evict)
+            if decision.victims:
+                self._teller.tell(decision.told)
+                self._remover.remove(decision.victims)
+        return decision
+
+    def _decide(
+        self, staging: Staging | None, amount: int, limits: DiskLimits, victims: list[Item], *, evict: bool
+    ) -> _Decision:
         """Set the bytes aside, or mark who is to go; what this process knows changes only if all do."""
         index, for_model = self._index, staging.wish.model if staging is not None else None
-        victims: list[Item] = []
 
         def decide(book: Book) -> _Decision:
             self._agreed.learn(book)
@@ -234,53 +244,6 @@ class DiskRoom:
             **shortage.figures,
         )
 
-    def remove(self, items: Collection[Item]) -> list[Item]:
-        """Delete the files of items marked as leaving; return those that another process still reads.
-
-        Raises:
-            OSError: the disk is full, or broken.
-        """
-        kept, debris = list(items), dict[Path, int]()
-        try:
-            for item in items:
-                self._remove(item, kept, debris)
-        finally:  # also where Ctrl-C comes between: or nobody would remove the rest, and all would wait for that
-            self._agreed.settle(lambda book: self._removed(book, items, kept, debris))
-            with self._guard:
-                self._guard.notify()
-        return kept
-
-    def _remove(self, item: Item, kept: list[Item], debris: dict[Path, int]) -> None:
-        """Remove one item, and note what has become of it."""
-        try:
-            aside = self._store.remove(item.name)
-            if aside is None:
-                return
-            kept.remove(item)
-            debris[aside] = item.bytes
-            if self._store.discard(aside):
-                del debris[aside]
-        except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
-            item.stuck = time.monotonic() + _STUCK
-            complain("%s can't be removed now: look at its owner and mode", item.name, error=error)
-
-    def _removed(self, book: Book, items: Collection[Item], kept: list[Item], debris: dict[Path, int]) -> None:
-        """Book what has gone, and what has not."""
-        self._agreed.learn(book)
-        stays = [item for item in kept if item.state is State.LEAVING]  # else somebody has said otherwise meanwhile
-        for was in {item.was for item in stays}:
-            self._agreed.mark(book, [item for item in stays if item.was is was], was)
-        book.gone(item.name for item in items if item not in kept)
-        with self._guard:
-            for item in items:
-                if item in kept:
-                    self._index.kept(item, item.was if item in stays else item.state)
-                else:
-                    self._index.forget(item)
-        for folder, size in debris.items():
-            self._agreed.leave(book, folder, size)
-        self._agreed.count(book)
-
     def help_others(self) -> None:
         """Evict the coldest idle model from memory where another process waits for the room that its files take.
 
@@ -307,14 +270,13 @@ class DiskRoom:
             OSError: the disk is full, or broken.
         """
         while self._store.writable:
-            decision = self._decide(None, 0, self._read_limits(), evict=True)
+            decision = self._evict(None, 0, self._read_limits(), evict=True)
             shortage, victims = decision.shortage, decision.victims
             with self._guard:
                 pinned = self._index.pinned()
                 self._upstairs.unmet(over=shortage.missing > 0 and not victims and bool(pinned))
                 self._guard.notify()  # a raised budget lets waiting fetches go on
             if victims:
-                self._teller.tell(decision.told)
-                self.remove(victims)
-            elif shortage.missing <= 0 or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, ""):
+                continue
+            if shortage.missing <= 0 or not self._upstairs.give_up(pinned, shortage.reason, shortage.figures, ""):
                 return

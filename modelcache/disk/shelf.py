@@ -17,7 +17,7 @@ from modelcache.disk.ledger import OPENING, patience
 from modelcache.disk.opening import told
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
-from modelcache.disk.reserving import DiskRoom
+from modelcache.disk.removing import Remover
 from modelcache.disk.sweeping import reconcile, sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import ArtifactCorrupt, ModelCacheError
@@ -37,7 +37,7 @@ class Shelf:
         guard: the cache's lock.
         index: what lies there.
         agreed: what all processes agree on.
-        room: makes room for more.
+        remover: removes what is deleted, replaced or damaged.
         teller: takes events, outside the guard.
     """
 
@@ -48,7 +48,7 @@ class Shelf:
         guard: Guard,
         index: Index,
         agreed: Agreement,
-        room: DiskRoom,
+        remover: Remover,
         teller: Teller,
     ) -> None:
         self._store = store = tier.store
@@ -58,7 +58,7 @@ class Shelf:
         self._teller = teller
         self._guard = guard
         self._agreed = agreed
-        self._room = room
+        self._remover = remover
         self._closed = False
         self.index = index
         with told(store.path):
@@ -131,7 +131,7 @@ class Shelf:
         if pin is not None or self._store.spoilt(item.name):
             if self._store.writable:
                 self._tell_damaged(item)
-                self._room.remove(self._agreed.change(lambda book: self._agreed.doom(book, [item])))
+                self._remover.drop([item])
             else:
                 with self._guard:
                     self.index.forget(item)
@@ -184,7 +184,7 @@ class Shelf:
         try:
             self._agreed.look()  # another process may have replaced or deleted it
             if item.state is State.DOOMED:
-                self._room.remove(self._agreed.change(lambda book: self._agreed.doom(book, [item]), patience()))
+                self._remover.drop([item], patience())
         except OSError as error:  # it goes when room is wanted
             complain("%s can't be removed now", item.name, error=error)
 
@@ -197,8 +197,8 @@ class Shelf:
             items = self.index.of(model)
         if not items:
             return True
-        due = self._agreed.change(lambda book: self._agreed.doom(book, items))
-        return not self._room.remove(due) and len(due) == len(items)
+        begun, stayed = self._remover.drop(items)
+        return not stayed and len(begun) == len(items)
 
     def await_others(self, wish: Wish) -> Held | None:
         """Wait while another process fetches the model; return it pinned, None where it must be fetched after all.

@@ -19,12 +19,13 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
+from modelcache.blocks import Blocks, look_at
 from modelcache.disk import figures
 from modelcache.disk.book import Book, Made
 from modelcache.disk.digests import digest_of
 from modelcache.disk.files import allocated, make_folder, move_aside, sync, sync_tree
 from modelcache.disk.flocks import FolderPins
-from modelcache.disk.layout import ARTIFACT, RECORD, Record, is_published
+from modelcache.disk.layout import ARTIFACT, RECORD, UNSEALED, Record, is_published
 from modelcache.disk.ledger import Ledger
 from modelcache.disk.opening import (
     check_format,
@@ -49,6 +50,9 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 class Store:
     """The files of one disk tier.
 
+    Attributes:
+        blocks: how its file system allocates.
+
     Args:
         path: the folder; made, with its parents, where it is missing.
         mode: permissions of all folders made here; files get the same without the execute bits.
@@ -66,6 +70,7 @@ class Store:
         self.made: Made | None = None  # until somebody has learned it
         self._listed: list[str] | None = None  # what that was made from, until somebody asks for it
         self._seen = 0  # when the folder had last changed before it was listed, in nanoseconds; 0: not to be relied on
+        self.blocks = Blocks()
         self._models = path / "models"
         self._workshop = Workshop(path / "tmp", mode)
         self._pins: Pins = FolderPins()  # which has nothing open yet
@@ -100,6 +105,7 @@ class Store:
             make_folder(folder, self.mode)
             check_owner(folder, self.mode)
         mark(self.path, self._workshop.folder(), self.mode)
+        self.blocks = look_at(self.path / "tmp" / secrets.token_hex(8))  # whatever is left of that is swept
 
     @property
     def owner(self) -> str:
@@ -136,12 +142,22 @@ class Store:
             self._pins.close()
         self._workshop.close()
 
-    def stage(self) -> Path:
-        """Return a new empty folder to build an artifact in, with ``artifact/`` in it."""
+    def stage(self, draft: str) -> Path:
+        """Return a new folder to build an artifact in, with an empty ``artifact/`` and a draft in place of its record.
+
+        Raises:
+            OSError: the disk is full, or broken; nothing is left behind.
+        """
         make_folder(self._models, self.mode)  # somebody may have removed it
         folder = self._workshop.name()
-        make_folder(folder, self.mode)
-        make_folder(folder / ARTIFACT, self.mode)
+        try:
+            make_folder(folder, self.mode)
+            (folder / RECORD).write_text(draft)
+            (folder / RECORD).chmod(self.mode & 0o666)
+            make_folder(folder / ARTIFACT, self.mode)
+        except BaseException:
+            self.discard(folder)
+            raise
         return folder
 
     def seal(self, staged: Path, record: Record) -> Record:
@@ -151,12 +167,11 @@ class Store:
             OSError: the disk is full, or broken.
         """
         path = staged / RECORD
-        path.write_text(record._replace(digest="0" * 64).to_json())
-        path.chmod(self.mode & 0o666)
+        path.write_text(record._replace(digest=UNSEALED).to_json())
         figures.reserve(staged, self.mode)
         record = record._replace(digest=digest_of(staged / ARTIFACT))
         sync_tree(staged)
-        record = record._replace(bytes=allocated(staged))
+        record = record._replace(bytes=allocated(staged, self.blocks))
         with path.open("r+") as file:  # of the same length
             file.write(record.to_json())
         sync(path)
@@ -230,6 +245,8 @@ class Store:
         names = sorted(filter(is_published, listed))  # so the tables grow at their end
         self.made = book.fill(read_records(str(self._models), names))
         self._listed = listed
+        for hold in self._workshop.under_way() if self.writable else ():
+            book.hold(hold)
 
     def exists(self, name: str) -> bool:
         """Whether there is anything of that name among the published folders."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book, Hold, State
 from modelcache.disk.items import Item
 from modelcache.disk.layout import is_published
 from modelcache.disk.ledger import patience
@@ -94,11 +94,15 @@ def _bury(book: Book, owner: str, there: set[str], *, gone: bool) -> None:
     ``gone``: what it left is deleted; else its bytes count until they can be, but nobody waits for it.
     """
     left = book.owned(owner)  # anew: who buried it meanwhile has given that to all, and somebody may remove it now
+    lost = [name for name, _ in left if name not in there]
     arrived = [name for name, state in left if name in there and state is State.ARRIVING]
     stayed = [name for name, state in left if name in there and state is not State.ARRIVING]
     book.mark(arrived, State.PRESENT, None)
     book.mark(stayed, State.DOOMED, None)
-    book.gone(name for name, _ in left if name not in there)
+    if not gone:  # it was moved aside, or was not published yet: its bytes lie in what can't be deleted now
+        for name, size in book.sizes(lost).items():
+            book.hold(Hold(name, owner, "", "", size, size, 0))
+    book.gone(lost)
     for hold in book.holds() if not gone else ():
         if hold.owner == owner:
             book.hold(attrs.evolve(hold, source="", model="", charged=hold.reserved, wanted=0))

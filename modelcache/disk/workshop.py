@@ -11,14 +11,20 @@ import os
 import secrets
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from modelcache.disk.files import make_folder, same, sweep_one
-from modelcache.disk.lockfiles import LockFile
+from modelcache.disk.book import Hold
+from modelcache.disk.files import allocated, make_folder, read_text, same, sweep_one
+from modelcache.disk.layout import RECORD, UNSEALED, Draft, Record
 from modelcache.errors import ConfigError
+from modelcache.openfiles import OpenFile
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 """How a folder is opened to lock it."""
+
+_LOOKS = 100  # at a folder from which files are being removed
+_LONG = 34  # bytes of a name: tmp/<16>/<68> is as long as models/ with the longest name there
 
 
 class Workshop:
@@ -34,7 +40,7 @@ class Workshop:
     def __init__(self, root: Path, mode: int) -> None:
         self._root = root
         self._mode = mode
-        self._held: LockFile | None = None
+        self._held: OpenFile | None = None
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
@@ -74,7 +80,7 @@ class Workshop:
             folder = self._root / secrets.token_hex(8)
             try:
                 make_folder(folder, self._mode)
-                held = LockFile(folder, FOLDER)
+                held = OpenFile(folder, FOLDER)
             except FileNotFoundError:  # a sweeper took it before it was locked, or somebody removed tmp/
                 self._make_root()
                 continue
@@ -96,8 +102,28 @@ class Workshop:
                 raise no_locks(self._root.parent, error) from error
 
     def name(self) -> Path:
-        """Return a path in the folder that nobody else uses."""
-        return self.folder() / secrets.token_hex(8)
+        """Return a path in the folder that nobody else uses; as long as the longest below ``models/``.
+
+        So a file whose path the system finds too long there is found out before it is published.
+        """
+        return self.folder() / secrets.token_hex(_LONG)
+
+    def under_way(self) -> Iterator[Hold]:
+        """Yield what is to be set aside for what all processes stage and remove, as their folders tell.
+
+        Of a folder that says nothing (any more), and is being removed, what it takes now.
+        """
+        for owner in _listed(self._root):
+            for folder in filter(Path.is_dir, _listed(owner)):
+                draft, record = _read(folder / RECORD)
+                if record is not None and record.digest == UNSEALED:
+                    draft = Draft(folder.name, record.source, record.model, 0)
+                taken = max(_allocated(folder), record.bytes if record is not None else 0)
+                if draft is None:
+                    yield Hold(folder.name, owner.name, "", "", taken, taken, 0)
+                else:
+                    reserved = max(draft.reserved, taken)
+                    yield Hold(draft.hold, owner.name, draft.source, draft.model, reserved, taken, 0)
 
     @property
     def mine(self) -> bool:
@@ -130,9 +156,32 @@ class Workshop:
             self._folder = None
 
 
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return [*folder.iterdir()]
+    except OSError:  # gone meanwhile, or none
+        return []
+
+
+def _allocated(folder: Path) -> int:
+    """Return what a folder takes in which things come and go: it is looked at again where one has just gone."""
+    for _ in range(_LOOKS):
+        with contextlib.suppress(OSError):
+            return allocated(folder)
+    return 0
+
+
+def _read(path: Path) -> tuple[Draft | None, Record | None]:
+    try:
+        text = read_text(str(path))
+    except (OSError, UnicodeDecodeError):
+        return None, None
+    return Draft.from_json(text), Record.from_json(text)
+
+
 def _probe(folder: Path) -> None:
     """Make sure that a lock on a folder, which is held, excludes others: some network file systems say yes to all."""
-    second = LockFile(folder, FOLDER)
+    second = OpenFile(folder, FOLDER)
     try:
         fcntl.flock(second.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

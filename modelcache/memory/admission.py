@@ -4,6 +4,7 @@ It acts, outside the guard, on what ``memory.choosing`` decides under it. Limits
 outside, are ``memory.room``.
 """
 
+import sys
 import time
 from typing import Generic, TypeVar
 
@@ -233,9 +234,12 @@ class Admission(Generic[T]):
         return self._choosing.choose(shortage, entry.most, whole=True, least=self._evictor.vain(limits))
 
     def _spare(self, shortage: Shortage) -> list[Entry[T]]:
-        """Choose one that alone makes room, though evictions rest."""
+        """Choose one that alone makes room, though evictions rest; where none is so large, just enough together."""
         largest = self._choosing.largest(shortage)
-        if largest is None or not self._evictor.spare(largest):
+        if largest is None:
+            together = self._choosing.suffices(shortage) and self._evictor.spare(shortage.over_high)
+            return self._choosing.choose(shortage, sys.maxsize, whole=True) if together else []
+        if not self._evictor.spare(largest.bytes):
             return []
         return [largest] if self._residents.retire(largest, shortage.reason) else []
 

@@ -24,7 +24,9 @@ class Futility:
         self._promised = self._freed = self._explained = 0
         self._until = 0.0
         self._spared = 0.0
-        self._largest = 0  # bytes of the largest model that left in vain
+        self._largest = (
+            0  # bytes of the largest model that left in vain, or of those that went together though all rest
+        )
         self._used = 0  # bytes in use after the latest round that did not help
         self.promised = 0
         self.freed = 0
@@ -37,11 +39,12 @@ class Futility:
     def spare(self, size: int, now: float) -> bool:
         """Whether a model may go all the same, for a load that is refused else; not soon again, if it does not help.
 
-        It must be larger than all that did not help: these were perhaps small ones among others on the heap.
+        It must be larger than all that did not help: these were perhaps small ones among others on the heap. Several
+        may go that promise more than any of these, and than those that went so before.
         """
         if now < self._spared or size <= self._largest:
             return False
-        self._spared = now + self._rest * _LONGEST
+        self._spared, self._largest = now + self._rest * _LONGEST, size
         return True
 
     @property

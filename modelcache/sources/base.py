@@ -10,6 +10,8 @@ from typing import Protocol, Self, runtime_checkable
 
 import attrs
 
+from modelcache.openfiles import OpenFile
+
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.zst", ".tzst", ".zip")
 """An id that ends in one of these (case ignored) is a key as it stands; a file so named must hold an archive."""
 
@@ -123,6 +125,10 @@ class Watchable(Protocol):
         ...
 
 
+Put = Callable[[RemoteFile], Callable[[], OpenFile]]
+"""See :meth:`Saving.save`."""
+
+
 @runtime_checkable
 class Saving(Protocol):
     """A source that writes files itself, several at once, or one from several connections."""
@@ -130,7 +136,7 @@ class Saving(Protocol):
     def save(
         self,
         artifact: Artifact,
-        put: Callable[[RemoteFile], Callable[[], int]],
+        put: Put,
         *,
         count: Callable[[int], None],
         check: Callable[[], None],
@@ -140,8 +146,8 @@ class Saving(Protocol):
         Args:
             artifact: what ``find`` returned.
             put: called on the caller's thread, once a file: makes room for it, and returns what opens a new file to
-                write to, which may have its length already, all zeros. That is called once, on any thread, and its
-                descriptor closed by the source.
+                write to, which may have its length already, all zeros. That is called once, on any thread; the source
+                writes to its ``descriptor``, and calls its ``finish()`` at the end.
             count: called on the caller's thread with the bytes that have come since the last time.
             check: called on the caller's thread, several times a second; raises to stop.
 

@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
-from modelcache.sources.base import RemoteFile
+from modelcache.openfiles import OpenFile
+from modelcache.sources.base import Put, RemoteFile
 from modelcache.sources.checksums import Digests, computable
 from modelcache.sources.s3_effort import Effort, Requests
 from modelcache.sources.s3_errors import Place
 from modelcache.sources.s3_get import Span
 from modelcache.sources.s3_parts import SinkBroken, spans_of
-
-CLOSED = -1
-"""Descriptor of a file that is not open."""
 
 
 @attrs.define(eq=False)
@@ -25,27 +23,34 @@ class File:
 
     Attributes:
         place, file: what it is.
-        open: opens it for writing.
+        open: makes it, and opens it for writing.
         spans: its parts.
         digests: of the bytes so far; None until its checksums are known.
-        descriptor: where it is written to; -1 before and after.
+        output: where it is written to; None before and after.
         done: numbers of the parts that are written.
         checked: parts that the digests know.
         checking: whether a thread is about to read the next of them.
+        ended: whether a thread has found all of them checked.
     """
 
     place: Place
     file: RemoteFile
-    open: Callable[[], int]
+    open: Callable[[], OpenFile]
     spans: tuple[Span, ...]
     digests: Digests | None
-    descriptor: int = CLOSED
+    output: OpenFile | None = None
     done: set[int] = attrs.field(factory=set)
     checked: int = 0
     checking: bool = False
+    ended: bool = False
+
+    @property
+    def descriptor(self) -> int:
+        """Of the output; -1 where there is none."""
+        return -1 if self.output is None else self.output.descriptor
 
 
-def prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callable[[], int]], effort: Effort) -> File:
+def prepared(place: Place, file: RemoteFile, put: Put, effort: Effort) -> File:
     """Return a file that there is room for."""
     spans = spans_of(file.size)
     checksums = file.checksums if computable(file.checksums) else None

@@ -7,17 +7,16 @@ comes in parts, whoever has written the next part in order reads it back, while 
 
 import contextlib
 import functools
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from modelcache.sources.base import RemoteFile
+from modelcache.sources.base import Put, RemoteFile
 from modelcache.sources.s3_ahead import SMALL, Ahead, useful
 from modelcache.sources.s3_connection import Grip
 from modelcache.sources.s3_effort import Effort, Stopped
 from modelcache.sources.s3_errors import Place
-from modelcache.sources.s3_file import CLOSED, File, FileSink, prepared, read_back
+from modelcache.sources.s3_file import File, FileSink, prepared, read_back
 from modelcache.sources.s3_get import Question, Span
 from modelcache.sources.s3_means import TICK, start_threads
 from modelcache.sources.s3_parts import CHUNK, Piece, corrupt
@@ -28,7 +27,7 @@ _Task = tuple[File, int]  # a file, and the number of one of its parts
 
 def save(
     files: Sequence[tuple[Place, RemoteFile]],
-    put: Callable[[RemoteFile], Callable[[], int]],
+    put: Put,
     effort: Effort,
     most: int,
     *,
@@ -89,7 +88,7 @@ class _Work:
     def add(self, file: File) -> None:
         """Have a file written."""
         if len(file.spans) > 1:
-            file.descriptor = file.open()
+            file.output = file.open()
         with self._changed:
             self._open.add(file)
             self._queue.extend((file, number) for number in range(len(file.spans)))
@@ -129,8 +128,8 @@ class _Work:
         while self._threads:
             self._threads.pop().join()
         for file in self._open:
-            if file.descriptor != CLOSED:
-                os.close(file.descriptor)
+            if file.output is not None:
+                file.output.close()
 
     def came(self, size: int) -> None:
         """Note bytes that were written."""
@@ -212,7 +211,7 @@ class _Work:
     def _opened(self, task: _Task, question: Question | None, grip: Grip, buffer: memoryview) -> tuple[FileSink, Piece]:
         file, number = task
         if len(file.spans) == 1:
-            file.descriptor = file.open()
+            file.output = file.open()
         sink = FileSink(file, self.effort.requests, self.came, buffer)
         return sink, Piece(self.effort, grip, file.place, file.file, file.spans[number], sink, question)
 
@@ -261,22 +260,26 @@ class _Work:
         problem = file.digests.problem() if file.digests is not None else None
         if problem:
             raise corrupt(file.place, file.file, problem)
-        descriptor, file.descriptor = file.descriptor, CLOSED
-        os.close(descriptor)
+        output, file.output = file.output, None
+        if output is not None:
+            output.finish()
         with self._changed:
             self._open.discard(file)
             if len(self._open) <= self._wanted:
                 self._changed.notify_all()
 
     def _is_last(self, file: File, number: int, buffer: memoryview) -> bool:
-        """Note that a part of several is written; check what can be checked now; whether that was all there is."""
+        """Note that a part of several is written; check what can be checked now; whether that was all: once."""
         with self._changed:
             file.done.add(number)
         for span in self._in_order(file):
             if file.digests is not None and file.digests.any:
                 read_back(file, span, file.digests, buffer)
         with self._changed:
-            return file.checked == len(file.spans) and file in self._open
+            if file.ended or file.checked < len(file.spans):
+                return False
+            file.ended = True
+            return True
 
     def _in_order(self, file: File) -> Iterator[Span]:
         """Yield the parts that follow those checked, as far as they are written and nobody else is at it."""

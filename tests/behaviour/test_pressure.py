@@ -1,5 +1,6 @@
 """What the memory tier does when memory does not come back, and what it says of it."""
 
+import contextlib
 import gc
 import logging
 import re
@@ -446,6 +447,34 @@ def test_large_model_goes_before_a_load_is_refused(make_cache: MakeCache) -> Non
     assert "large" not in book.alive
     assert len(book.alive) == left
     assert cache.get("more", timeout=5.0).model == "more"
+
+
+def test_several_models_go_before_a_load_is_refused(make_cache: MakeCache) -> None:
+    """While evictions rest that did not help, just enough go together where no model alone is large enough."""
+    sizes = {f"large{number}": 200 for number in range(4)} | {f"s{number}": 20 for number in range(12)}
+    sizes |= {"new": 300, "tiny": 20}
+    book = Book()
+    real = {"large0", "large1"}  # the others' memory never comes back
+    gauge = FakeGauge(lambda: 600 + sum(200 for model in real if model in book.alive), limit=10_000)
+    cache = make_cache(
+        DictSource().add(*sizes),
+        book,
+        size_of=lambda model, path: sizes[model],
+        memory={"gauge": gauge, "high": 5_000, "low": 500, "interval": 0.1, "policy": "lru"},
+    )
+    told, names = heard(cache, Pressure), list(sizes)[:-2]
+    for model in names:
+        cache.get(model)
+    with contextlib.ExitStack() as leases:
+        for number in range(4):
+            leases.enter_context(cache.lease(f"large{number}"))
+        cache.memory.high = 1_005  # just above what is in use
+        with pytest.raises(NoRoom):
+            cache.get("tiny", timeout=5.0)
+        assert told
+    assert cache.get("new", timeout=5.0).model == "new"
+    assert not real & set(book.alive)
+    assert {"large2", "large3"} <= set(book.alive)
 
 
 def test_what_does_not_help_goes_seldom(make_cache: MakeCache) -> None:

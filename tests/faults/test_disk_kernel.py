@@ -3,12 +3,15 @@
 import contextlib
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modelcache import ConfigError, DiskTier, ModelCache, S3Source
+from modelcache.disk import store as disk_store
 from tests.support.archives import gz, tar_of, zip_of
 from tests.support.children import injecting, run
 from tests.support.fakes import DictSource
@@ -110,6 +113,77 @@ def test_f036_what_a_file_system_adds_to_parts(tmp_path: Path, s3_moto: Store) -
         assert call.result().st_size == len(data)
         assert max(seen)[0] > len(data) / 2  # or it has not looked while they came
         assert [pair for pair in seen if pair[0] > pair[1]] == []
+
+
+def access_list() -> bytes:
+    """Return an access list that does not fit into an inode, as <linux>/include/uapi/linux/posix_acl_xattr.h has it."""
+    nobody = 0xFFFFFFFF
+    named = [(0x02, 7, uid) for uid in range(1000, 1012)]
+    entries = [(0x01, 7, nobody), *named, (0x04, 0, nobody), (0x10, 7, nobody), (0x20, 0, nobody)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+@contextlib.contextmanager
+def greedy(kind: str, folder: Path) -> Iterator[Path]:
+    """Mount a file system that takes more for a small file, or a folder of many, than whole blocks."""
+    if kind == "huge pages":
+        with small_disk(folder, "size=1g,huge=always") as mounted:
+            yield mounted
+        return
+    size, command = {
+        "clusters": (2**30, ("mkfs.ext4", "-O", "bigalloc", "-C", "65536")),
+        "access list": (2**27, ("mkfs.ext4", "-b", "4096")),
+        "index": (2**29, ("mkfs.xfs",)),
+    }[kind]
+    with formatted(folder, size, *command) as mounted:
+        if kind == "access list":
+            os.setxattr(mounted, "system.posix_acl_default", access_list())
+        yield mounted
+
+
+@pytest.mark.parametrize("names", [(400, 3), (15, 255)], ids=["many", "long"])
+@pytest.mark.parametrize("kind", ["clusters", "access list", "huge pages", "index"])
+def test_f036_small_files_that_take_much(tmp_path: Path, kind: str, names: tuple[int, int]) -> None:
+    """F036: where a small file, or a folder of many, takes more than blocks of 4 KiB, that is reserved, too."""
+    count, length = names
+    files = {str(number).rjust(length, "n"): b"small" for number in range(count if kind != "huge pages" else 60)}
+    with greedy(kind, tmp_path / "mounted") as mounted:
+        source = DictSource().add_file("m", "m.tar", tar_of(files))
+        seal, seen = disk_store.Store.seal, []
+
+        def look(store: disk_store.Store, *arguments: Any) -> Any:
+            seen.append((allocated(mounted / "disk"), cache.stats().disk_used))
+            sealed = seal(store, *arguments)
+            seen.append((allocated(mounted / "disk"), cache.stats().disk_used))
+            return sealed
+
+        with small_cache(mounted, source, lambda path: len(list(path.iterdir()))) as cache:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(disk_store.Store, "seal", look)
+                assert cache.get("m") == len(files)
+            assert [pair for pair in seen if pair[0] > pair[1]] == []
+            assert seen[0][0] > 4096 * len(files) + 8 * 4096 or kind == "index"  # or this shows nothing
+            assert cache.stats().disk_used == allocated(mounted / "disk")
+
+
+def test_f036_file_system_that_says_later_what_it_has_allocated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F036: on ZFS, which shows the blocks of a file seconds after it was synced, a file counts with its size."""
+    seal = disk_store.Store.seal
+
+    def with_hole(store: disk_store.Store, staged: Path, record: Any) -> Any:
+        os.truncate(staged / "artifact" / "model.txt", 0)
+        os.truncate(staged / "artifact" / "model.txt", 100_000)  # of which no block is shown
+        return seal(store, staged, record)
+
+    monkeypatch.setattr("modelcache.blocks._taken_with", lambda data, path: path.touch() or 512)
+    monkeypatch.setattr(disk_store.Store, "seal", with_hole)
+    with small_cache(tmp_path, DictSource().add("m", size=100_000)) as cache:
+        cache.get("m")
+        assert cache.stats().disk_used >= 100_000 > allocated(tmp_path / "disk")
+        assert cache.delete("m")
+        assert cache.stats().disk_used == 0
 
 
 STANDS_STILL = """

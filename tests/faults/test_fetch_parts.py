@@ -14,16 +14,19 @@ import attrs
 import pytest
 
 from modelcache.errors import AccessDenied, ArtifactChanged, ArtifactCorrupt, ModelCacheError, SourceUnavailable
-from modelcache.sources import s3_parts
+from modelcache.openfiles import OpenFile
+from modelcache.sources import s3_parts, s3_saving
 from modelcache.sources.base import Artifact, RemoteFile
 from modelcache.sources.s3 import S3Source
 from modelcache.sources.s3_effort import Patience
+from modelcache.sources.s3_file import File
+from modelcache.sources.s3_saving import _Work
 from tests.contracts.source_contract import content
 from tests.support.proxy import Fault, FaultProxy, Request
 from tests.support.racing import descriptors
 from tests.support.s3 import Bucket, noise
 from tests.support.saving import saved
-from tests.support.waiting import eventually
+from tests.support.waiting import Gate, eventually
 
 PART = 300_000
 SIZE = 7 * PART + 12_345
@@ -305,8 +308,8 @@ def test_f057_disk_error_is_no_network_error(bucket: Bucket, tmp_path: Path) -> 
     artifact = source.find("m.bin")
     (tmp_path / "read-only").write_bytes(b"")
 
-    def put(file: RemoteFile) -> Callable[[], int]:
-        return lambda: os.open(tmp_path / "read-only", os.O_RDONLY)
+    def put(file: RemoteFile) -> Callable[[], OpenFile]:
+        return lambda: OpenFile(tmp_path / "read-only", os.O_RDONLY)
 
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         source.save(artifact, put, count=lambda size: None, check=lambda: None)
@@ -323,3 +326,40 @@ def test_many_at_once(bucket: Bucket) -> None:
         begun = [stream.read(10) for stream in streams]
         assert begun == [BODY[:10]] * 5
         assert content(source, artifact, artifact.files[0]) == BODY
+
+
+def test_last_parts_at_once(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two threads that find the last part checked, one closes the file; the other leaves its number alone."""
+    bucket.put("m.bin", BODY)
+    source = S3Source(bucket.url, key="{model}", client=bucket.store.client())
+    artifact = source.find("m.bin")
+    checking, gate, over = threading.Event(), Gate(), threading.Event()
+    is_last, in_order, read_back = _Work._is_last, _Work._in_order, s3_saving.read_back
+    ends: list[bool] = []
+
+    def late_end(work: _Work, file: File, number: int, buffer: memoryview) -> bool:
+        if number:
+            assert checking.wait(10)  # the first part is read back
+        ends.append(last := is_last(work, file, number, buffer))
+        if last and not over.is_set():
+            over.set()
+            gate.open()
+            eventually(lambda: len(ends) == len(file.spans))
+        return last
+
+    def late_look(work: _Work, file: File) -> Iterator[Any]:
+        yield from in_order(work, file)
+        if len(file.done) == len(file.spans) and not over.is_set() and file.checked < len(file.spans):
+            gate()
+
+    def late_read(file: File, *arguments: Any) -> None:
+        checking.set()
+        gate.wait()
+        read_back(file, *arguments)
+
+    monkeypatch.setattr(_Work, "_is_last", late_end)
+    monkeypatch.setattr(_Work, "_in_order", late_look)
+    monkeypatch.setattr(s3_saving, "read_back", late_read)
+    assert saved(source, artifact, tmp_path) == {"m.bin": BODY}
+    assert sorted(ends) == [False] * (len(ends) - 1) + [True]
+    assert len(ends) > 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.interleave.test_fork import fork_script
-from tests.support.children import start
+from tests.support.children import run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import small_cache
 from tests.support.waiting import eventually
@@ -179,3 +179,46 @@ def test_handler_forks_while_another_thread_waits_for_its_guard(tmp_path: Path) 
         assert cache.close()
         """,
     )
+
+
+WRITES = """
+import io
+from tests.support.archives import gz, tar_of, zip_of
+from tests.support.s3 import noise
+name = sys.argv[2]
+data = noise(3_000_000)
+packed = {"m.tar.gz": lambda: gz(tar_of({"m.bin": data})), "m.zip": lambda: zip_of({"m.bin": data})}
+source = DictSource().add_file("m", name, packed.get(name, lambda: data)())
+folder, reads, forked = Path(sys.argv[1]), [], threading.Event()
+
+def gate():
+    reads.append(1)
+    if len(reads) == 8:
+        begun.set()
+        forked.wait()
+
+source.gate, begun = gate, threading.Event()
+cache = small_cache(folder, source, lambda path: path)
+call = Call(cache.get, "m")
+begun.wait()
+mine = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+assert any("/disk/tmp/" in path and ("artifact" in path or "spool" in path) for path in mine), mine
+pid = os.fork()
+if not pid:
+    signal.pause()
+try:
+    forked.set()
+    call.result()
+    assert cache.delete("m")
+    theirs = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+finally:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+print([path for path in theirs if "/disk/" in path])
+"""
+
+
+@pytest.mark.parametrize("name", ["m.tar.gz", "m.zip", "m.bin"])
+def test_child_keeps_no_file_that_is_being_written(tmp_path: Path, name: str) -> None:
+    """What its parent was writing at the fork, and deletes, takes nothing on disk for as long as the child lives."""
+    assert run(WRITES, tmp_path, name).strip() == "[]"

@@ -12,7 +12,7 @@ import pytest
 from modelcache import DiskTier
 from modelcache.disk.book import Book
 from modelcache.disk.publishing import Publisher
-from modelcache.disk.reserving import DiskRoom
+from modelcache.disk.removing import Remover
 from tests.support.children import run, start
 from tests.support.fakes import DictSource
 from tests.support.racing import Call, allocated, small_cache
@@ -538,14 +538,14 @@ def test_full_ledger_after_a_removal(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A removal that the ledger could only note later counts no more, and nothing goes on leaving."""
     with small_cache(tmp_path, DictSource().add("a", "b")) as cache:
         cache.prefetch(["a", "b"], tier="disk").wait(10)
-        removed = DiskRoom._removed
+        removed = Remover._removed
 
         def failing(*arguments: Any) -> None:
             removed(*arguments)
             monkeypatch.undo()
             raise OSError(28, "full")
 
-        monkeypatch.setattr(DiskRoom, "_removed", failing)
+        monkeypatch.setattr(Remover, "_removed", failing)
         cache.delete("a")
         assert cache.get("b").name == "b"
         cache.disk.budget = 2**30

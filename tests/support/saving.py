@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from modelcache.openfiles import OpenFile
 from modelcache.sources.base import Artifact, RemoteFile
 from modelcache.sources.s3 import S3Source
 
@@ -14,10 +15,10 @@ def saved(
     """Save all files of an artifact; return name to content, and make sure that all bytes were counted."""
     counted: list[int] = []
 
-    def put(file: RemoteFile) -> Callable[[], int]:
+    def put(file: RemoteFile) -> Callable[[], OpenFile]:
         path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        return lambda: OpenFile(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
     source.save(artifact, put, count=counted.append, check=check)
     assert sum(counted) == artifact.size

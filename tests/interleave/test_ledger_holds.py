@@ -224,11 +224,12 @@ def test_debts_outlive_a_transaction_that_fails(tmp_path: Path) -> None:
         assert paid == [0, 1, 2, 0, 1, 2]
 
 
-def test_record_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [900, 2000], ids=["than its draft", "as its draft"])
+def test_record_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     """The record of a model with a long id from a long URL takes more than a block, which is charged before."""
     seal, seen = Store.seal, list[tuple[int, int]]()
     source = DictSource()
-    source.url = "dict://" + "x" * 2000
+    source.url = "dict://" + "x" * length
     model = "é" * 500
     source.add(model)
     with small_cache(tmp_path, source) as cache:

@@ -10,8 +10,6 @@ from typing import Protocol, Self, runtime_checkable
 
 import attrs
 
-from modelcache.openfiles import OpenFile
-
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.zst", ".tzst", ".zip")
 """An id that ends in one of these (case ignored) is a key as it stands; a file so named must hold an archive."""
 
@@ -125,8 +123,21 @@ class Watchable(Protocol):
         ...
 
 
-Put = Callable[[RemoteFile], Callable[[], OpenFile]]
-"""See :meth:`Saving.save`."""
+class Output(Protocol):
+    """A new file that a :class:`Saving` source writes to; never use its descriptor after ``finish`` or ``close``."""
+
+    @property
+    def descriptor(self) -> int:
+        """For ``os.pwrite`` and the like."""
+        ...
+
+    def finish(self) -> None:
+        """Close it after all is written; raises OSError where the disk is full, or broken."""
+        ...
+
+    def close(self) -> None:
+        """Close it where it was given up; never raises, and does nothing once it is closed."""
+        ...
 
 
 @runtime_checkable
@@ -136,7 +147,7 @@ class Saving(Protocol):
     def save(
         self,
         artifact: Artifact,
-        put: Put,
+        put: Callable[[RemoteFile], Callable[[], Output]],
         *,
         count: Callable[[int], None],
         check: Callable[[], None],
@@ -146,8 +157,8 @@ class Saving(Protocol):
         Args:
             artifact: what ``find`` returned.
             put: called on the caller's thread, once a file: makes room for it, and returns what opens a new file to
-                write to, which may have its length already, all zeros. That is called once, on any thread; the source
-                writes to its ``descriptor``, and calls its ``finish()`` at the end.
+                write to, which may have its length already, all zeros. That is called once, on any thread, and the
+                file closed by the source.
             count: called on the caller's thread with the bytes that have come since the last time.
             check: called on the caller's thread, several times a second; raises to stop.
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from modelcache.errors import ConfigError, ModelNotFound, SourceUnavailable, UnsafeArtifact
-from modelcache.sources.base import Artifact, Put, RemoteFile, Stream
+from modelcache.sources.base import Artifact, Output, RemoteFile, Stream
 from modelcache.sources.checksums import Known, told_by
 from modelcache.sources.keys import Key, KeyRule, ask, check_names, folder_version
 from modelcache.sources.s3_client import OPERATIONS, Clients, Extra
@@ -146,7 +146,7 @@ class S3Source:
     def save(
         self,
         artifact: Artifact,
-        put: Put,
+        put: Callable[[RemoteFile], Callable[[], Output]],
         *,
         count: Callable[[int], None],
         check: Callable[[], None],

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
-from modelcache.openfiles import OpenFile
-from modelcache.sources.base import Put, RemoteFile
+from modelcache.sources.base import Output, RemoteFile
 from modelcache.sources.checksums import Digests, computable
 from modelcache.sources.s3_effort import Effort, Requests
 from modelcache.sources.s3_errors import Place
@@ -35,10 +34,10 @@ class File:
 
     place: Place
     file: RemoteFile
-    open: Callable[[], OpenFile]
+    open: Callable[[], Output]
     spans: tuple[Span, ...]
     digests: Digests | None
-    output: OpenFile | None = None
+    output: Output | None = None
     done: set[int] = attrs.field(factory=set)
     checked: int = 0
     checking: bool = False
@@ -50,7 +49,7 @@ class File:
         return -1 if self.output is None else self.output.descriptor
 
 
-def prepared(place: Place, file: RemoteFile, put: Put, effort: Effort) -> File:
+def prepared(place: Place, file: RemoteFile, put: Callable[[RemoteFile], Callable[[], Output]], effort: Effort) -> File:
     """Return a file that there is room for."""
     spans = spans_of(file.size)
     checksums = file.checksums if computable(file.checksums) else None

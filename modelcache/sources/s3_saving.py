@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from modelcache.sources.base import Put, RemoteFile
+from modelcache.sources.base import Output, RemoteFile
 from modelcache.sources.s3_ahead import SMALL, Ahead, useful
 from modelcache.sources.s3_connection import Grip
 from modelcache.sources.s3_effort import Effort, Stopped
@@ -27,7 +27,7 @@ _Task = tuple[File, int]  # a file, and the number of one of its parts
 
 def save(
     files: Sequence[tuple[Place, RemoteFile]],
-    put: Put,
+    put: Callable[[RemoteFile], Callable[[], Output]],
     effort: Effort,
     most: int,
     *,

@@ -651,3 +651,24 @@ def test_an_unload_that_hangs_holds_no_look_up(make_cache: MakeCache, spawn: Spa
         gauge.used = 900
         eventually(lambda: "b" not in book.alive)
         assert not unloading.done()
+
+
+def test_batch_in_progress_is_left_alone_for_one_look(make_cache: MakeCache, spawn: Spawn) -> None:
+    """What leaves just now may be what lacks: the monitor's next look evicts nothing, the one after that does."""
+    gate = Gate(only="a")
+    book = Book(unload=lambda model: gate(model.model))
+    gauge = FakeGauge(0, 1000)
+    cache = make_cache(DictSource().add("a", "b"), book, memory={"gauge": gauge, "high": 800, "interval": 1000.0})
+    look = cache._parts.room.look
+    for model in "ab":
+        cache.get(model)
+    look()
+    with gate:
+        unloading = spawn(cache.unload, "a")
+        gate.wait()
+        gauge.used = 900
+        look()
+        assert "b" in book.alive
+        look()
+        assert "b" not in book.alive
+        assert not unloading.done()

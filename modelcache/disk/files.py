@@ -3,6 +3,7 @@
 Nothing here knows of models; what is done with these is ``disk.store``.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -88,6 +89,16 @@ def make_folder(folder: Path, mode: int) -> None:
     except FileExistsError:
         return
     set_mode(folder, mode)
+
+
+def unmake(*paths: Path) -> None:
+    """Remove files and empty folders in this order, as far as they are there; never raises, and takes no descriptor."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
 
 
 def set_mode(folder: Path, mode: int) -> None:

@@ -23,7 +23,7 @@ from modelcache.blocks import Blocks, look_at
 from modelcache.disk import figures
 from modelcache.disk.book import Book, Made
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, make_folder, move_aside, sync, sync_tree
+from modelcache.disk.files import allocated, make_folder, move_aside, sync, sync_tree, unmake
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, RECORD, UNSEALED, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -156,7 +156,7 @@ class Store:
             (folder / RECORD).chmod(self.mode & 0o666)
             make_folder(folder / ARTIFACT, self.mode)
         except BaseException:
-            self.discard(folder)
+            unmake(folder / ARTIFACT, folder / RECORD, folder)
             raise
         return folder
 

@@ -65,7 +65,7 @@ def look_at(path: Path) -> Blocks:
         finally:
             path.rmdir()
     prompt = sample == 0 or sample - beside >= _SAMPLE
-    return Blocks(max(BLOCK, first - beside), beside, max(BLOCK, folder), prompt)
+    return Blocks(max(BLOCK, first - beside), beside, max(BLOCK + beside, folder), prompt)
 
 
 def _taken_with(data: bytes, path: Path) -> int:

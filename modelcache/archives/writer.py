@@ -22,6 +22,7 @@ from modelcache.units import format_bytes
 
 _UNSTORABLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+_INODE = 60  # bytes of a link's goal that take no block
 _INDEX = 4 * BLOCK  # what a folder takes for its names, once these are more than one block: XFS has three for an index
 
 
@@ -121,7 +122,7 @@ class Writer:
         for node in self._links:
             node.resolve(self._job)
         for node, path in self._links.items():
-            self._grow(self.blocks.charged(BLOCK))
+            self._grow(BLOCK + self.blocks.beside if len(node.goal or "") < _INODE else self.blocks.charged(BLOCK))
             with self._storing(node.member):
                 path.symlink_to(node.goal or "")
 
@@ -209,9 +210,9 @@ class Writer:
         if part not in parent.kids:
             parent.names += 2 * (len(os.fsencode(part)) + 16)  # a folder of many names is itself big
             if parent.names > parent.charged:
-                more = BLOCK if parent.charged > BLOCK else _INDEX  # which an index of them takes, too
-                self._grow(max(more, self.blocks.unit))
-                parent.charged += BLOCK
+                more = max(BLOCK, self.blocks.unit)
+                self._grow(more if parent.charged > BLOCK else max(_INDEX, more))  # which an index of them takes, too
+                parent.charged += more
         parent.kids[part] = node
         return node
 

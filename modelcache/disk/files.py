@@ -91,11 +91,24 @@ def make_folder(folder: Path, mode: int) -> None:
     set_mode(folder, mode)
 
 
+def delete(folder: Path, key: str) -> bool:
+    """Delete a folder, or what lies in its place; return whether it is gone.
+
+    The file ``key`` goes first, which takes no descriptor: what can't be deleted now says no more what it is.
+    """
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink(missing_ok=True)
+    else:
+        unmake(folder / key)
+        shutil.rmtree(folder, ignore_errors=True)
+    return not os.path.lexists(folder)
+
+
 def unmake(*paths: Path) -> None:
     """Remove files and empty folders in this order, as far as they are there; never raises, and takes no descriptor."""
     for path in paths:
         with contextlib.suppress(OSError):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 path.rmdir()
             else:
                 path.unlink()

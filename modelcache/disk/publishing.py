@@ -192,12 +192,13 @@ class Publisher:
             self._agreed.settle(lambda book: self._returned(book, staging, item))
             raise
         late: list[bool] = []
-        old = self._agreed.settle(lambda book: self._arrived(book, staging, item, late=bool(late))) or []
-        late.append(True)
-        with self._guard:
-            item = self._same(item)
-            self._guard.notify()
-        self._remover.remove(old)
+        with self._remover.duty() as due:
+            due[:] = self._agreed.settle(lambda book: self._arrived(book, staging, item, late=bool(late))) or []
+            late.append(True)
+            with self._guard:
+                item = self._same(item)
+                self._guard.notify()
+            self._remover.remove(list(due))
         return Held(item, self._store.folder(name), pin)
 
     def _same(self, item: Item) -> Item:

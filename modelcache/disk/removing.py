@@ -34,6 +34,7 @@ class Remover:
         self._index = index
         self._guard = guard
         self._agreed = agreed
+        self._duties: list[list[Item]] = []  # of all threads; changed and read under the guard
 
     @contextlib.contextmanager
     def duty(self) -> Iterator[list[Item]]:
@@ -43,17 +44,23 @@ class Remover:
         the room: else all would wait for this process to remove it.
         """
         due: list[Item] = []
+        with self._guard:
+            self._duties.append(due)
         try:
             yield due
         except BaseException:
             if due:
                 self._agreed.settle(lambda book: self._leave(book, due))
             raise
+        finally:
+            with self._guard:
+                self._duties = [each for each in self._duties if each is not due]
 
     def _leave(self, book: Book, due: Collection[Item]) -> None:
         self._agreed.learn(book)
         mine = {name for name, state in book.owned(self._store.owner) if state is State.LEAVING}
         with self._guard:
+            mine -= {item.name for others in self._duties if others is not due for item in others}
             known = [self._index.items.get(item.name, item) for item in due if item.name in mine]
             for item in known:
                 self._index.become(item, State.DOOMED)

@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import secrets
-import shutil
 import time
 import weakref
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from modelcache.blocks import Blocks, look_at
 from modelcache.disk import figures
 from modelcache.disk.book import Book, Made
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, make_folder, move_aside, sync, sync_tree, unmake
+from modelcache.disk.files import allocated, delete, make_folder, move_aside, sync, sync_tree, unmake
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, RECORD, UNSEALED, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -287,15 +286,15 @@ class Store:
 
     def discard(self, folder: Path) -> bool:
         """Delete a staged or moved-aside folder; return whether it is gone, or must be tried again."""
-        if folder.is_symlink() or folder.is_file():
-            folder.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        return not os.path.lexists(folder)
+        return delete(folder, RECORD)
 
     def sweep(self) -> dict[str, bool]:
         """Delete what dead processes, and only they, left under ``tmp/``; return their names, and whether all went."""
         return self._workshop.sweep() if self.writable else {}
+
+    def taken_by(self, owner: str) -> int:
+        """Return the bytes of what a process has under ``tmp/``."""
+        return self._workshop.taken_by(owner)
 
     def workers(self) -> set[str]:
         """Return the names of the processes that have a temporary folder."""

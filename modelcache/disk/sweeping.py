@@ -84,14 +84,15 @@ def sweep(store: Store) -> None:
         gone = swept.get(owner, True)
         left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
         there = {name for name, _ in left if store.exists(name)}
+        taken = 0 if gone else store.taken_by(owner)
         with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the next sweep
-            store.ledger.change(functools.partial(_bury, owner=owner, there=there, gone=gone), patience())
+            store.ledger.change(functools.partial(_bury, owner=owner, there=there, taken=taken, gone=gone), patience())
 
 
-def _bury(book: Book, owner: str, there: set[str], *, gone: bool) -> None:
+def _bury(book: Book, owner: str, there: set[str], taken: int, *, gone: bool) -> None:
     """Forget a dead process; what it had just published is served, what it was removing goes first.
 
-    ``gone``: what it left is deleted; else its bytes count until they can be, but nobody waits for it.
+    ``gone``: what it left is deleted; else the bytes ``taken`` by it count until it can be, but nobody waits for it.
     """
     left = book.owned(owner)  # anew: who buried it meanwhile has given that to all, and somebody may remove it now
     lost = [name for name, _ in left if name not in there]
@@ -101,7 +102,9 @@ def _bury(book: Book, owner: str, there: set[str], *, gone: bool) -> None:
     book.mark(stayed, State.DOOMED, None)
     if not gone:  # it was moved aside, or was not published yet: its bytes lie in what can't be deleted now
         for name, size in book.sizes(lost).items():
-            book.hold(Hold(name, owner, "", "", size, size, 0))
+            part = min(size, taken)
+            taken -= part
+            book.hold(Hold(name, owner, "", "", part, part, 0))
     book.gone(lost)
     for hold in book.holds() if not gone else ():
         if hold.owner == owner:

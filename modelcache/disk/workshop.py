@@ -114,16 +114,20 @@ class Workshop:
         Of a folder that says nothing (any more), and is being removed, what it takes now.
         """
         for owner in _listed(self._root):
-            for folder in filter(Path.is_dir, _listed(owner)):
+            for folder in filter(_is_folder, _listed(owner)):
                 draft, record = _read(folder / RECORD)
                 if record is not None and record.digest == UNSEALED:
                     draft = Draft(folder.name, record.source, record.model, 0)
-                taken = max(_allocated(folder), record.bytes if record is not None else 0)
+                taken = max(_taken_by(folder), record.bytes if record is not None else 0)
                 if draft is None:
                     yield Hold(folder.name, owner.name, "", "", taken, taken, 0)
                 else:
                     reserved = max(draft.reserved, taken)
                     yield Hold(draft.hold, owner.name, draft.source, draft.model, reserved, taken, 0)
+
+    def taken_by(self, owner: str) -> int:
+        """Return the bytes of what a process has in its folder."""
+        return sum(map(_taken_by, _listed(self._root / owner)))
 
     @property
     def mine(self) -> bool:
@@ -163,11 +167,22 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def _allocated(folder: Path) -> int:
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # of somebody else, or on a bad disk
+        return False
+
+
+def _taken_by(folder: Path) -> int:
     """Return what a folder takes in which things come and go: it is looked at again where one has just gone."""
     for _ in range(_LOOKS):
-        with contextlib.suppress(OSError):
+        try:
             return allocated(folder)
+        except FileNotFoundError:
+            continue
+        except OSError:  # of somebody else, or on a bad disk
+            break
     return 0
 
 

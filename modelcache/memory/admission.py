@@ -237,8 +237,9 @@ class Admission(Generic[T]):
         """Choose one that alone makes room, though evictions rest; where none is so large, just enough together."""
         largest = self._choosing.largest(shortage)
         if largest is None:
-            together = self._choosing.suffices(shortage) and self._evictor.spare(shortage.over_high)
-            return self._choosing.choose(shortage, sys.maxsize, whole=True) if together else []
+            enough = self._choosing.enough(shortage)
+            together = enough and self._evictor.spare(shortage.over_high, together=True)
+            return self._choosing.choose(shortage, sys.maxsize, enough) if together else []
         if not self._evictor.spare(largest.bytes):
             return []
         return [largest] if self._residents.retire(largest, shortage.reason) else []

@@ -146,6 +146,17 @@ class Choosing(Generic[T]):
         largest = max(idle, key=lambda entry: entry.bytes, default=None)
         return largest if largest is not None and shortage.after(largest).met else None
 
+    def enough(self, shortage: Shortage) -> set[str]:
+        """Return the models that may go, where they are enough by what is booked of them; else none.
+
+        What was loaded before a fork is not among them.
+        """
+        idle = {model: entry for model, entry in self._residents.resident.items() if not entry.held()}
+        own = {model: entry for model, entry in idle.items() if not entry.inherited}
+        for entry in own.values():
+            shortage = shortage.after(entry)
+        return set(own) if shortage.met else set()
+
     def suffices(self, shortage: Shortage) -> bool:
         """Whether all that may go now would be enough; for the watermark it may be where a footprint was guessed."""
         idle = [entry for entry in self._residents.entries() if not entry.held()]

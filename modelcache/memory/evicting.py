@@ -54,9 +54,9 @@ class Evictor(Generic[T]):
         """Whether evictions for the watermark rest, as they did not help; the guard is held."""
         return self.futility.stopped(time.monotonic())
 
-    def spare(self, size: int) -> bool:
+    def spare(self, size: int, *, together: bool = False) -> bool:
         """Whether so many bytes may go although evictions rest, for a load that is refused else; the guard is held."""
-        return self.futility.spare(size, time.monotonic())
+        return self.futility.spare(size, time.monotonic(), together=together)
 
     def vain(self, limits: Limits) -> int:
         """Return the bytes that the next batch is to promise, as fewer brought back nothing; the guard is held."""

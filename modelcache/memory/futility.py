@@ -24,9 +24,9 @@ class Futility:
         self._promised = self._freed = self._explained = 0
         self._until = 0.0
         self._spared = 0.0
-        self._largest = (
-            0  # bytes of the largest model that left in vain, or of those that went together though all rest
-        )
+        self._largest = 0  # bytes of the largest model that left in vain
+        self._joined = 0  # bytes of what went together though evictions rest
+        self._joined_until = 0.0
         self._used = 0  # bytes in use after the latest round that did not help
         self.promised = 0
         self.freed = 0
@@ -36,15 +36,20 @@ class Futility:
         """Whether evictions for the watermark rest now, as they did not help."""
         return self._row >= _ROW and now < self._until
 
-    def spare(self, size: int, now: float) -> bool:
+    def spare(self, size: int, now: float, *, together: bool = False) -> bool:
         """Whether a model may go all the same, for a load that is refused else; not soon again, if it does not help.
 
         It must be larger than all that did not help: these were perhaps small ones among others on the heap. Several
-        may go that promise more than any of these, and than those that went so before.
+        may go together that promise more than any of these, and than those that went together before.
         """
+        if together:
+            if now < self._joined_until or size <= max(self._largest, self._joined):
+                return False
+            self._joined, self._joined_until = size, now + self._rest * _LONGEST
+            return True
         if now < self._spared or size <= self._largest:
             return False
-        self._spared, self._largest = now + self._rest * _LONGEST, size
+        self._spared = now + self._rest * _LONGEST
         return True
 
     @property
@@ -124,8 +129,8 @@ class Futility:
         """Forget: a batch helped, or memory came back."""
         self._row = 0
         self._times = 1
-        self._spared = 0.0
-        self._largest = 0
+        self._spared = self._joined_until = 0.0
+        self._largest = self._joined = 0
         self._promised = self._freed = self._explained = 0
         self.promised = self.freed = 0
         self.episode = False

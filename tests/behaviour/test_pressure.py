@@ -477,6 +477,29 @@ def test_several_models_go_before_a_load_is_refused(make_cache: MakeCache) -> No
     assert {"large2", "large3"} <= set(book.alive)
 
 
+def test_nothing_goes_together_that_is_not_enough(make_cache: MakeCache) -> None:
+    """While evictions rest that did not help, a load that all idle models together make no room for costs none."""
+    names, book, gauge = [f"m{number}" for number in range(20)], Book(), FakeGauge(300, 1000)
+    cache = make_cache(
+        DictSource().add(*names, "new", size=10).add("huge", size=400),
+        book,
+        memory={"high": 900, "gauge": gauge, "interval": 1.0, "low": 500},
+    )
+    told = heard(cache, Pressure)
+    for name in names:
+        cache.get(name)
+    gauge.used = 899
+    with pytest.raises(NoRoom):
+        cache.get("new", timeout=30.0)
+    assert told
+    left = list(book.alive)
+    assert left
+    for _ in range(2):
+        with pytest.raises(NoRoom):
+            cache.get("huge", timeout=30.0)
+    assert book.alive == left
+
+
 def test_what_does_not_help_goes_seldom(make_cache: MakeCache) -> None:
     """Loads that are refused while evictions rest cost one larger model, together, where that does not help either."""
     small, large = [f"m{number}" for number in range(20)], ["large1", "large2"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from modelcache import ArtifactCorrupt
 from modelcache.disk.book import Book
 from modelcache.disk.layout import RECORD, Draft
 from modelcache.disk.store import Store
@@ -273,3 +274,20 @@ def test_path_that_is_too_long_once_published(tmp_path: Path) -> None:
     with sqlite3.connect(ledger_of(tmp_path)) as ledger:
         assert ledger.execute("SELECT count(*) FROM artifacts WHERE state = 0").fetchone() == (0,)
     ledger.close()
+
+
+def test_fetch_that_failed_and_can_not_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a fetch that failed counts, but nobody takes it for one under way, in a new ledger neither."""
+    source = DictSource().add("a", size=50_000)
+    source.artifacts["a"] = source.artifacts["a"][:-100]
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, DictSource().add("a", "b")) as two:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # no descriptor left, say
+            with pytest.raises(ArtifactCorrupt, match="cut off"):
+                one.get("a")
+            assert two.get("b").name == "b"
+            lose(ledger_of(tmp_path))
+            assert two.get("a", timeout=5).name == "a"
+            assert two.stats().disk_used >= allocated(tmp_path / "disk")
+        one.prefetch(["b"], tier="disk").wait(5)
+        one.delete("b")

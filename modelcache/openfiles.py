@@ -87,6 +87,7 @@ class NewFile(OpenFile):
 
     Args:
         path: where; nothing may be there.
+        mode: permissions, as far as the umask leaves them.
 
     Raises:
         OSError: it can't be made.
@@ -94,9 +95,9 @@ class NewFile(OpenFile):
 
     __slots__ = ()
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, mode: int = 0o600) -> None:
         self.inherited = False
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, mode)
         _open.add(self)
 
     def finish(self) -> None:

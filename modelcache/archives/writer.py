@@ -42,12 +42,13 @@ class Writer:
 
     def __init__(self, target: Path, job: Job, grow: Callable[[int], None], mode: int, blocks: Blocks = USUAL) -> None:
         self._target = target
+        self._path = str(target)
         self._job = job
         self._grow = grow
         self._mode = mode | 0o700  # we must be able to fill it and to delete it
         self.blocks = blocks
         self._root = Node(parent=None, folder=True, charged=BLOCK)
-        self._links: dict[Node, Path] = {}
+        self._links: dict[Node, str] = {}
         self._members = 0
 
     def folder(self, name: str) -> None:
@@ -124,11 +125,11 @@ class Writer:
         for node, path in self._links.items():
             self._grow(BLOCK + self.blocks.beside if len(node.goal or "") < _INODE else self.blocks.charged(BLOCK))
             with self._storing(node.member):
-                path.symlink_to(node.goal or "")
+                os.symlink(node.goal or "", path)  # noqa: PTH211 - a str
 
     @contextlib.contextmanager
     def _create(
-        self, node: Node, path: Path, *, program: bool, length: int
+        self, node: Node, path: str, *, program: bool, length: int
     ) -> Iterator[Callable[[bytes | memoryview], None]]:
         if self.blocks.beside:  # which an empty file takes, too
             node.charged = self.blocks.charged(min(length, CHUNK))
@@ -154,11 +155,16 @@ class Writer:
         if size > self._job.limits.file:
             raise self._job.unsafe(f"a file over {format_bytes(self._job.limits.file)}", member)
 
-    def _open(self, node: Node, path: Path, *, program: bool, length: int) -> OpenFile:
-        with self._storing(node.member):
-            file = NewFile(path)
+    def _open(self, node: Node, path: str, *, program: bool, length: int) -> OpenFile:
+        mode = self._mode & (0o777 if program else 0o666)
         try:
-            os.fchmod(file.descriptor, self._mode & (0o777 if program else 0o666))  # whatever the umask
+            file = NewFile(path, mode)
+        except (OSError, UnicodeEncodeError) as error:
+            self._judge(error, node.member)
+            raise
+        try:
+            if stat.S_IMODE(os.fstat(file.descriptor).st_mode) != mode:  # by the umask; to set it takes longer
+                os.fchmod(file.descriptor, mode)
         except BaseException:
             file.close()
             raise
@@ -195,8 +201,11 @@ class Writer:
             here = kid
         return here
 
-    def _leaf(self, name: str) -> tuple[Node, Path]:
-        """Return the new node and the path of a file or link; an earlier one of that name is removed."""
+    def _leaf(self, name: str) -> tuple[Node, str]:
+        """Return the new node and the path of a file or link; an earlier one of that name is removed.
+
+        No ``Path``, which would take a moment for each of very many.
+        """
         parts = split(name, self._job)
         if not parts:
             raise self._job.unsafe("a file or link in place of the whole folder", name)
@@ -204,7 +213,7 @@ class Writer:
         if (old := parent.kids.get(parts[-1])) is not None:
             self._remove(old, parts, name)
         node = self._add(parent, parts[-1], Node(parent=parent, member=name))
-        return node, self._target.joinpath(*parts)
+        return node, f"{self._path}/{'/'.join(parts)}"
 
     def _add(self, parent: Node, part: str, node: Node) -> Node:
         if part not in parent.kids:
@@ -227,7 +236,7 @@ class Writer:
         if last and node.charged:
             self._grow(-node.charged)
 
-    def _copy(self, source: Path, path: Path, node: Node) -> None:
+    def _copy(self, source: Path, path: str, node: Node) -> None:
         """Copy a file: for file systems without hard links, or with too many of them."""
         node.charged = 0
         status = source.lstat()
@@ -242,10 +251,14 @@ class Writer:
         """Turn what the file system has against a *name* into our errors; a full or broken disk stays OSError."""
         try:
             yield
-        except FileExistsError as error:
+        except (OSError, UnicodeEncodeError) as error:
+            self._judge(error, member)
+            raise
+
+    def _judge(self, error: OSError | UnicodeEncodeError, member: str) -> None:
+        """Raise what the file system has against a name, where it is that."""
+        if isinstance(error, FileExistsError):
             what = "a name that differs from another's only in case or accents, which this file system takes for one"
             raise self._job.unsafe(what, member) from error
-        except (OSError, UnicodeEncodeError) as error:
-            if isinstance(error, OSError) and error.errno not in _UNSTORABLE:
-                raise
+        if not isinstance(error, OSError) or error.errno in _UNSTORABLE:
             raise self._job.unsafe("a name that this file system can't store", member) from error

@@ -104,14 +104,11 @@ class Ledger:
         return self._run("BEGIN", decide, check)
 
     def _run(self, begin: str, decide: Callable[[Book], R], check: Callable[[], None] | None) -> R:
-        replaced, reopened, seen = False, False, (0, 0)
+        replaced, reopened, seen = False, False, [(0, 0)]
         while True:
             try:
                 with self._lock:
-                    try:
-                        return self._transact(begin, decide)
-                    finally:
-                        seen = self._file
+                    return self._transact(begin, decide, seen)
             except sqlite3.Error as error:
                 exact = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
                 code = exact & 0xFF
@@ -123,7 +120,7 @@ class Ledger:
                     # other codes (no descriptor or memory left, a file system that refuses) say nothing of the file,
                     # and a plain error perhaps of this connection only
                     if self._path is not None and _DAMAGED & {code, exact} and (reopened or exact != _PLAIN):
-                        replaced = self._replace(self._path, seen)
+                        replaced = self._replace(self._path, seen[0])
                     else:
                         reopened, replaced = True, reopened or exact != _PLAIN
                         self.close()
@@ -150,8 +147,12 @@ class Ledger:
             finally:
                 os.close(descriptor)
 
-    def _transact(self, begin: str, decide: Callable[[Book], R]) -> R:
-        connection = self._connect()
+    def _transact(self, begin: str, decide: Callable[[Book], R], seen: list[tuple[int, int]]) -> R:
+        """Run a transaction once, and note in which file."""
+        try:
+            connection = self._connect()
+        finally:
+            seen[0] = self._file
         try:
             connection.execute(begin)  # an interrupt may come right after it
             result = decide(Book(connection))

@@ -231,7 +231,8 @@ def test_downloads_share_connections(scene: Scene) -> None:
     threads[0].start()
     assert began.wait(20)
     threads[1].start()
-    eventually(lambda: scene.source._getter.means._sharing == 2)
+    means = scene.source._getter.means
+    eventually(lambda: means._sharing == 2 and means._waiting == 1)  # it has something to ask, and nothing to ask by
     gate.set()
     for thread in threads:
         thread.join(30)

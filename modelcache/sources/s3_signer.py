@@ -18,6 +18,10 @@ class _Get(AWSRequest):  # type: ignore[misc] # untyped
 
     body = None
 
+    def __init__(self, base: str, target: str) -> None:
+        super().__init__("GET", base + target)
+        self.path, _, self.query = target.partition("?")
+
 
 class _Headers(dict[str, str]):
     """Headers of different names, with what the signer asks of botocore's own kind, which is that of e-mail."""
@@ -48,6 +52,13 @@ class _Auth(S3SigV4Auth):  # type: ignore[misc] # untyped
             found = self._derived[key, msg] = super()._sign(key, msg)
         return found
 
+    def canonical_request(self, request: _Get) -> str:
+        """Put together what is signed, as botocore does, which would take the URL apart to find path and query."""
+        headers = self.headers_to_sign(request)
+        named, names = self.canonical_headers(headers), self.signed_headers(headers)
+        body = request.headers["X-Amz-Content-SHA256"]  # set just before
+        return f"{request.method}\n{request.path}\n{request.query}\n{named}\n\n{names}\n{body}"
+
     def headers_to_sign(self, request: AWSRequest) -> _Headers:
         return _Headers((name.lower(), value) for name, value in request.headers.items())
 
@@ -69,17 +80,18 @@ class Signer:
     region: str
     derived: dict[tuple[bytes, str], bytes] = attrs.field(factory=dict, repr=False, eq=False)
 
-    def sign(self, url: str, headers: Mapping[str, str]) -> dict[str, str]:
+    def sign(self, base: str, target: str, headers: Mapping[str, str]) -> dict[str, str]:
         """Return these headers and those that sign them.
 
         Args:
-            url: the whole.
+            base: scheme and host.
+            target: path and query, quoted; no more than one argument.
             headers: all that are to be signed, ``Host`` among them; no name twice, in whichever case.
 
         Raises:
             botocore.exceptions.BotoCoreError: the credentials could not be refreshed.
         """
-        request = _Get("GET", url)
+        request = _Get(base, target)
         request.headers = _Headers(headers)
         _Auth(self).add_auth(request)
         return dict(request.headers)

@@ -87,7 +87,7 @@ class Pattern:
             return {"Host": host, **headers}
         # The others, such as User-Agent and If-Match, need no signature.
         amz = {name: value for name, value in headers.items() if name.startswith("x-amz-")}
-        return {**self.signer.sign(self.base + target, {"Host": host, **amz}), **headers}
+        return {**self.signer.sign(self.base, target, {"Host": host, **amz}), **headers}
 
 
 def pattern_of(client: Any, arguments: Mapping[str, Any]) -> Pattern | None:

@@ -41,10 +41,6 @@ class OpenFile:
             self.descriptor = os.open(path, flags | _FLAGS, mode)
             _open.add(self)
 
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self.descriptor
-
     def write(self, data: bytes | memoryview) -> None:
         """Write all of it where the file stands.
 

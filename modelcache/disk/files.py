@@ -28,9 +28,8 @@ def allocated(folder: Path, blocks: Blocks = USUAL) -> int:
             if status.st_ino in seen:
                 continue
             seen.add(status.st_ino)
-        total += (
-            status.st_blocks * 512 if blocks.prompt else max(status.st_blocks * 512, blocks.charged(status.st_size))
-        )
+        taken = status.st_blocks * 512
+        total += taken if blocks.prompt else max(taken, blocks.charged(status.st_size))
     return total
 
 

@@ -151,11 +151,10 @@ class Choosing(Generic[T]):
 
         What was loaded before a fork is not among them.
         """
-        idle = {model: entry for model, entry in self._residents.resident.items() if not entry.held()}
-        own = {model: entry for model, entry in idle.items() if not entry.inherited}
-        for entry in own.values():
+        idle = [entry for entry in self._residents.resident.values() if not (entry.held() or entry.inherited)]
+        for entry in idle:
             shortage = shortage.after(entry)
-        return set(own) if shortage.met else set()
+        return {entry.model for entry in idle} if shortage.met else set()
 
     def suffices(self, shortage: Shortage) -> bool:
         """Whether all that may go now would be enough; for the watermark it may be where a footprint was guessed."""

@@ -402,17 +402,20 @@ def test_cycles_are_looked_for_where_something_lives_on(
     assert len(collections) == searched
 
 
+def sized_cache(
+    make_cache: MakeCache, book: Book, sizes: dict[str, int], used: Callable[[], int], **memory: Any
+) -> Any:
+    """Return a cache of models of these sizes, whose gauge shows what ``used`` says of 10,000 bytes."""
+    settings = {"gauge": FakeGauge(used, limit=10_000), "policy": "lru", **memory}
+    return make_cache(DictSource().add(*sizes), book, size_of=lambda model, path: sizes[model], memory=settings)
+
+
 def test_large_model_among_small_ones_is_found(make_cache: MakeCache) -> None:
     """Where small models give nothing back, the next batch promises more, so that a large one that does is tried."""
     sizes = {"s1": 20, "s2": 20, "s3": 20, "large": 300, "s4": 20, "s5": 20, "s6": 20, "new": 20}
     book = Book()
-    gauge = FakeGauge(lambda: 20 * 4 + 300 * ("large" in book.alive) + 600, limit=10_000)
-    cache = make_cache(
-        DictSource().add(*sizes),
-        book,
-        size_of=lambda model, path: sizes[model],
-        memory={"gauge": gauge, "high": 2_000, "low": 900, "interval": 1000.0, "policy": "lru"},
-    )
+    used = lambda: 20 * 4 + 300 * ("large" in book.alive) + 600  # noqa: E731 - of the next line
+    cache = sized_cache(make_cache, book, sizes, used, high=2_000, low=900, interval=1000.0)
     told: list[Any] = []
     cache.on(Pressure, told.append)
     for model in list(sizes)[:-1]:
@@ -427,13 +430,8 @@ def test_large_model_goes_before_a_load_is_refused(make_cache: MakeCache) -> Non
     """While evictions rest that did not help, a load takes the place of one that is large enough, rather than none."""
     sizes = {"large": 300} | {f"s{number}": 20 for number in range(12)} | {"new": 20, "more": 20}
     book = Book()
-    gauge = FakeGauge(lambda: 600 + 300 * ("large" in book.alive), limit=10_000)
-    cache = make_cache(
-        DictSource().add(*sizes),
-        book,
-        size_of=lambda model, path: sizes[model],
-        memory={"gauge": gauge, "high": 2_000, "low": 500, "interval": 0.1, "policy": "lru"},
-    )
+    used = lambda: 600 + 300 * ("large" in book.alive)  # noqa: E731 - of the next line
+    cache = sized_cache(make_cache, book, sizes, used, high=2_000, low=500, interval=0.1)
     told, names = heard(cache, Pressure), list(sizes)[:-2]
     for model in names:
         cache.get(model)
@@ -455,13 +453,8 @@ def test_several_models_go_before_a_load_is_refused(make_cache: MakeCache) -> No
     sizes |= {"new": 300, "tiny": 20}
     book = Book()
     real = {"large0", "large1"}  # the others' memory never comes back
-    gauge = FakeGauge(lambda: 600 + sum(200 for model in real if model in book.alive), limit=10_000)
-    cache = make_cache(
-        DictSource().add(*sizes),
-        book,
-        size_of=lambda model, path: sizes[model],
-        memory={"gauge": gauge, "high": 5_000, "low": 500, "interval": 0.1, "policy": "lru"},
-    )
+    used = lambda: 600 + sum(200 for model in real if model in book.alive)  # noqa: E731 - of the next line
+    cache = sized_cache(make_cache, book, sizes, used, high=5_000, low=500, interval=0.1)
     told, names = heard(cache, Pressure), list(sizes)[:-2]
     for model in names:
         cache.get(model)

@@ -251,10 +251,14 @@ def test_record_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_nothing_stays_of_a_folder_that_can_not_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the disk is full just as a folder is staged, no half of it stays."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     with small_cache(tmp_path, DictSource().add("a"), retry_after=0) as cache:
         before = sorted((tmp_path / "disk" / "tmp").glob("*/*"))
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "write_text", lambda *_, **__: exec("raise OSError(28, 'No space left')"))  # noqa: S102
+            patch.setattr(Path, "write_text", fails)
             with pytest.raises(MemoryError, match="the disk is full"):
                 cache.get("a")
         assert sorted((tmp_path / "disk" / "tmp").glob("*/*")) == before

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from modelcache.disk.book import USED, Book, Hold, State
+from modelcache.disk.book import USED, Book, Hold
 from modelcache.disk.index import Index
 from modelcache.disk.items import Item, Others, Staging
 from modelcache.disk.ledger import patience
 from modelcache.disk.refusals import FetchedElsewhere
+from modelcache.disk.states import State
 from modelcache.disk.store import Store
 from modelcache.disk.sweeping import reconcile
 from modelcache.errors import ModelCacheError
@@ -266,7 +267,7 @@ class Agreement:
             for item in stay:
                 item.was = State.DOOMED  # also where another process reads it
                 self._index.become(item, State.DOOMED if item.pins else State.LEAVING)
-        self.mark(book, begun, State.DOOMED)  # or it would stay after all where its remover finds it read
+        book.expel(item.name for item in begun)  # or it would stay after all where its remover finds it read
         self.mark(book, [item for item in stay if item not in due], State.DOOMED)
         self.mark(book, due, State.LEAVING)
         return due

@@ -5,7 +5,6 @@ number, so that a process reads only what is new to it. How a transaction comes 
 decided in one, ``disk.index`` and ``disk.reserving``.
 """
 
-import enum
 import secrets
 import sqlite3
 import time
@@ -15,9 +14,10 @@ from typing import Final, NamedTuple
 import attrs
 
 from modelcache.disk.layout import Record
+from modelcache.disk.states import STATES, State
 from modelcache.policies.worth import HALVED_ABOVE, REMEMBERED
 
-VERSION = 2
+VERSION = 3
 """Of the tables; a ledger with another one is made anew from the folders."""
 
 _ASK = """
@@ -53,25 +53,6 @@ CREATE INDEX asked ON requests(seq);
 CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
 CREATE TABLE memory(owner TEXT PRIMARY KEY, scope TEXT, account TEXT) WITHOUT ROWID;
 """
-
-
-class State(enum.IntEnum):
-    """What is to become of a published folder."""
-
-    PRESENT = 0
-    """It is served."""
-    ARRIVING = 1
-    """Its owner is about to publish it; its bytes count."""
-    DOOMED = 2
-    """It is old or deleted: nobody begins to read it, and it goes once nobody reads it."""
-    LEAVING = 3
-    """Its owner is removing it; its bytes count until it is gone."""
-    GONE = 4
-    """It is no more."""
-
-
-STATES = tuple(State)
-"""By number: a call of the class takes ten times as long."""
 
 
 _COLUMNS = (
@@ -216,6 +197,14 @@ class Book:
         self._many(
             "UPDATE artifacts SET state = ?, owner = ?, seq = ? WHERE name = ? AND state != ?",
             [(state, owner, seq, name, State.GONE) for name in names],
+        )
+
+    def expel(self, names: Iterable[str]) -> None:
+        """Say of folders that somebody is removing that they are not to stay in any case; they stay that one's."""
+        seq = self._tick()
+        self._many(
+            "UPDATE artifacts SET state = ?, seq = ? WHERE name = ? AND state = ?",
+            [(State.EXPELLED, seq, name, State.LEAVING) for name in names],
         )
 
     def gone(self, names: Iterable[str]) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter, itemgetter
 from pathlib import Path  # noqa: TC003 - as elsewhere
 
-from modelcache.disk.book import STATES, Asked, Row, State, named
+from modelcache.disk.book import Asked, Row, named
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Others, Staging
 from modelcache.disk.layout import Record
+from modelcache.disk.states import REMOVING, STATES, State
 from modelcache.disk.uncollected import uncollected
 from modelcache.events import Reason
 from modelcache.policies import Allowed, Policy, Resident, Worth, recall_order
@@ -185,7 +186,7 @@ class Index:
         for kind in (self._going, self._coming, self._old):
             if kind:
                 kind.pop(item.name, None)
-        if state is State.LEAVING:
+        if state in REMOVING:
             self._going[item.name] = item
         elif state is State.ARRIVING:
             self._coming[item.name] = item
@@ -308,8 +309,7 @@ class Index:
 
     def reset_after_fork(self) -> None:
         """In a child: the parent's fetches, removals and pins are not ours."""
-        self.stagings = set()
-        self.debris = {}
+        self.stagings, self.debris = set(), {}
         pinned, self._pinned = self._pinned, set()
         for item in pinned:
             item.pins = 0

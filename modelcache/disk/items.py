@@ -9,8 +9,8 @@ from typing import Protocol
 
 import attrs
 
-from modelcache.disk.book import State
 from modelcache.disk.layout import ARTIFACT, Record
+from modelcache.disk.states import State
 from modelcache.errors import NoRoom
 from modelcache.events import Reason
 

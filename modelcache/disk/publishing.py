@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modelcache.blocks import Blocks
 from modelcache.disk.agreeing import Agreement
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import Item, Staging, Wish
@@ -18,6 +18,7 @@ from modelcache.disk.layout import UNSEALED, Draft, Record, folder_prefix
 from modelcache.disk.refusals import read_only
 from modelcache.disk.removing import Remover
 from modelcache.disk.reserving import DiskRoom
+from modelcache.disk.states import State
 from modelcache.disk.store import Store
 from modelcache.guard import Guard
 
@@ -238,4 +239,5 @@ class Publisher:
         if not late:
             return self._agreed.doom(book, old)
         book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)
+        book.expel(at.name for at in old)
         return []

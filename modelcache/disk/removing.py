@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from modelcache.disk.agreeing import Agreement
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book
 from modelcache.disk.index import Index
 from modelcache.disk.items import Item
+from modelcache.disk.states import REMOVING, State
 from modelcache.disk.store import Store
 from modelcache.guard import Guard
 from modelcache.telling import complain
@@ -58,7 +59,7 @@ class Remover:
 
     def _leave(self, book: Book, due: Collection[Item]) -> None:
         self._agreed.learn(book)
-        mine = {name for name, state in book.owned(self._store.owner) if state is State.LEAVING}
+        mine = {name for name, state in book.owned(self._store.owner) if state in REMOVING}
         with self._guard:
             mine -= {item.name for others in self._duties if others is not due for item in others}
             known = [self._index.items.get(item.name, item) for item in due if item.name in mine]
@@ -120,14 +121,15 @@ class Remover:
         """Book what has gone, and what has not."""
         self._agreed.learn(book)
         book.let_go(gone)  # by its name a ledger that was made anew meanwhile knows it
-        stays = [item for item in kept if item.state is State.LEAVING]  # else somebody has said otherwise meanwhile
-        for was in {item.was for item in stays}:
-            self._agreed.mark(book, [item for item in stays if item.was is was], was)
+        fates = {item: State.DOOMED if item.state is State.EXPELLED else item.was for item in kept}
+        fates = {item: fate for item, fate in fates.items() if item.state in REMOVING}  # else somebody said otherwise
+        for fate in {*fates.values()}:
+            self._agreed.mark(book, [item for item in fates if fates[item] is fate], fate)
         book.gone(item.name for item in items if item not in kept)
         with self._guard:
             for item in items:
                 if item in kept:
-                    self._index.kept(item, item.was if item in stays else item.state)
+                    self._index.kept(item, fates.get(item, item.state))
                 else:
                     self._index.forget(item)
         for folder, size in debris.items():

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import attrs
 
 from modelcache.disk.agreeing import Agreement
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book
 from modelcache.disk.index import Index
 from modelcache.disk.items import RECHECK, DiskLimits, DiskShortage, Item, Staging, Wish
 from modelcache.disk.refusals import Contention, no_room, too_large
 from modelcache.disk.removing import Remover
+from modelcache.disk.states import State
 from modelcache.disk.sweeping import sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.disk.upstairs import Upstairs

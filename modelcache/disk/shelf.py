@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 
 from modelcache.disk.agreeing import Agreement
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book
 from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import RECHECK, Item, Wish
@@ -18,6 +18,7 @@ from modelcache.disk.opening import told
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
 from modelcache.disk.removing import Remover
+from modelcache.disk.states import State
 from modelcache.disk.sweeping import reconcile, sweep
 from modelcache.disk.tier import DiskTier
 from modelcache.errors import ArtifactCorrupt, ModelCacheError

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 import attrs
 
-from modelcache.disk.book import Book, Hold, State
+from modelcache.disk.book import Book, Hold
 from modelcache.disk.items import Item
 from modelcache.disk.layout import is_published
 from modelcache.disk.ledger import patience
 from modelcache.disk.published import Published
+from modelcache.disk.states import State
 from modelcache.disk.store import Store
 
 _log = logging.getLogger("modelcache")

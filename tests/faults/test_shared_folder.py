@@ -16,7 +16,8 @@ import pytest
 
 from modelcache import ConfigError, DiskTier, MemoryTier, ModelCache, SourceUnavailable
 from modelcache.disk import pins
-from modelcache.disk.book import Book, State
+from modelcache.disk.book import Book
+from modelcache.disk.states import State
 from modelcache.disk.store import Store
 from modelcache.disk.sweeping import sweep
 from modelcache.policies import Standing, Worth

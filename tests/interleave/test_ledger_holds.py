@@ -295,3 +295,32 @@ def test_fetch_that_failed_and_can_not_be_deleted(tmp_path: Path, monkeypatch: p
             assert two.stats().disk_used >= allocated(tmp_path / "disk")
         one.prefetch(["b"], tier="disk").wait(5)
         one.delete("b")
+
+
+@pytest.mark.parametrize("verb", ["replace", "delete"])
+def test_what_is_being_removed_counts_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Whoever replaces or deletes what another process is just removing leaves its bytes to that one."""
+    gate, discard = Gate(), Store.discard
+    source = DictSource().add("a", size=50_000)
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source) as two:
+
+        def late(store: Store, folder: Path) -> bool:
+            if store is one.disk.store:
+                gate()
+            return discard(store, folder)
+
+        one.prefetch(["a"], tier="disk").wait(10)
+        monkeypatch.setattr(Store, "discard", late)
+        removing = Call(one.delete, "a")
+        gate.wait()
+        if verb == "replace":
+            assert two.get("a").name == "a"
+        else:
+            assert not two.delete("a")
+        two.disk.budget = 4096  # whoever is doomed and nobody's goes first
+        assert two.stats().disk_used == one.stats().disk_used == allocated(tmp_path / "disk") > 50_000
+        gate.open()
+        assert removing.result()
+        assert two.stats().disk_used == one.stats().disk_used == allocated(tmp_path / "disk") == 0

@@ -5,7 +5,6 @@ read by way of ``disk.shelf``.
 """
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from modelcache.blocks import Blocks
@@ -33,7 +32,7 @@ class Publisher:
         index: what lies there.
         agreed: what all processes agree on.
         room: makes room for more.
-        remover: removes earlier versions.
+        remover: removes earlier versions, and what could not be removed before.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Publisher:
         """
         if not self._store.writable:
             raise read_only(wish.model, self._store.path)
-        self._clear_debris()
+        self._remover.clear()
         staging = Staging(wish, self._store.path, beside=beside, known=known)
         with self._guard:
             self._index.stagings.add(staging)
@@ -122,20 +121,6 @@ class Publisher:
         """Delete what was staged, and give its reservation back."""
         gone = self._store.discard(staging.folder)
         self._drop(staging, None if gone else staging.folder)
-
-    def _clear_debris(self) -> None:
-        with self._guard:
-            debris = list(self._index.debris)
-        gone = [folder for folder in debris if self._store.discard(folder)]
-        if gone:
-            with self._guard:
-                ids = [folder.name for folder in gone if self._index.debris.pop(folder, None) is not None]
-            self._agreed.settle(lambda book: self._let_go(book, ids))
-
-    def _let_go(self, book: Book, ids: Iterable[str]) -> None:
-        self._agreed.learn(book)
-        book.let_go(ids)
-        self._agreed.count(book)
 
     def _drop(self, staging: Staging, debris: Path | None = None) -> None:
         """Give a reservation back; what can't be deleted now (no descriptor left, say) counts until it is gone."""

@@ -4,6 +4,7 @@ Who goes is decided elsewhere (``disk.reserving``, ``disk.shelf``), in the trans
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -90,33 +91,39 @@ class Remover:
         Raises:
             OSError: the disk is full, or broken.
         """
-        kept, debris, gone = list(items), dict[Path, int](), list[str]()
+        kept, debris, gone = list(items), dict[Path, Item](), list[str]()
         try:
             for item in items:
                 self._remove(item, kept, debris, gone)
         finally:  # also where Ctrl-C comes between: or nobody would remove the rest, and all would wait for that
+            for aside, item in [*debris.items()]:
+                if not os.path.lexists(aside):
+                    del debris[aside]
+                elif item in kept:  # it came right after the move
+                    kept.remove(item)
             self._agreed.settle(lambda book: self._removed(book, items, kept, debris, gone))
             with self._guard:
                 self._guard.notify()
         return kept
 
-    def _remove(self, item: Item, kept: list[Item], debris: dict[Path, int], gone: list[str]) -> None:
+    def _remove(self, item: Item, kept: list[Item], debris: dict[Path, Item], gone: list[str]) -> None:
         """Remove one item, and note what has become of it."""
         try:
-            aside = self._store.remove(item.name)
-            if aside is None:
+            aside = self._store.aside()
+            debris[aside] = item
+            moved = self._store.remove(item.name, aside)
+            if moved is None:
                 return
             kept.remove(item)
-            debris[aside] = item.bytes
-            if self._store.discard(aside):
-                del debris[aside]
-                gone.append(aside.name)
+            debris[moved] = item
+            if self._store.discard(moved):
+                gone.append(moved.name)
         except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
             item.stuck = time.monotonic() + _STUCK
             complain("%s can't be removed now: look at its owner and mode", item.name, error=error)
 
     def _removed(
-        self, book: Book, items: Collection[Item], kept: list[Item], debris: dict[Path, int], gone: list[str]
+        self, book: Book, items: Collection[Item], kept: list[Item], debris: dict[Path, Item], gone: list[str]
     ) -> None:
         """Book what has gone, and what has not."""
         self._agreed.learn(book)
@@ -132,6 +139,21 @@ class Remover:
                     self._index.kept(item, fates.get(item, item.state))
                 else:
                     self._index.forget(item)
-        for folder, size in debris.items():
-            self._agreed.leave(book, folder, size)
+        for folder, item in debris.items():
+            self._agreed.leave(book, folder, item.bytes)
+        self._agreed.count(book)
+
+    def clear(self) -> None:
+        """Delete what could not be deleted before, as far as it can be now."""
+        with self._guard:
+            debris = list(self._index.debris)
+        gone = [folder for folder in debris if self._store.discard(folder)]
+        if gone:
+            with self._guard:
+                ids = [folder.name for folder in gone if self._index.debris.pop(folder, None) is not None]
+            self._agreed.settle(lambda book: self._let_go(book, ids))
+
+    def _let_go(self, book: Book, ids: Iterable[str]) -> None:
+        self._agreed.learn(book)
+        book.let_go(ids)
         self._agreed.count(book)

@@ -270,6 +270,7 @@ class DiskRoom:
         Raises:
             OSError: the disk is full, or broken.
         """
+        self._remover.clear()
         while self._store.writable:
             decision = self._evict(None, 0, self._read_limits(), evict=True)
             shortage, victims = decision.shortage, decision.victims

@@ -270,19 +270,21 @@ class Store:
                 os.utime(staged or folder, ns=(now, now))  # its recency, where the ledger has to be made anew
         return pin
 
-    def remove(self, name: str) -> Path | None:
+    def aside(self) -> Path:
+        """Return where to move a folder that is to be removed; what a crash leaves there is swept by the next start."""
+        return self._workshop.name()
+
+    def remove(self, name: str, aside: Path) -> Path | None:
         """Move a published folder aside, so that nobody ever sees half of it, and return where to ``discard`` it.
 
-        None where some process has it pinned. What a crash leaves is swept by the next start.
+        None where some process has it pinned.
 
         Raises:
             OSError: the system refuses; the folder is still there.
         """
-        folder, aside = self._models / name, self._workshop.name()
+        folder = self._models / name
         with self._pins.claim(folder) as claimed:
-            if not claimed:
-                return None
-            return move_aside(folder, aside, RECORD)
+            return move_aside(folder, aside, RECORD) if claimed else None
 
     def discard(self, folder: Path) -> bool:
         """Delete a staged or moved-aside folder; return whether it is gone, or must be tried again."""

@@ -63,7 +63,7 @@ def _clear(store: Store, name: str) -> None:
         return
     _log.warning("%s in %s is damaged: removed, to be fetched again", name, store.path)
     try:
-        aside = store.remove(name)
+        aside = store.remove(name, store.aside())
         if aside is not None:
             store.discard(aside)
     except OSError as error:

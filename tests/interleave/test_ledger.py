@@ -239,18 +239,22 @@ def test_full_ledger_while_a_model_is_deleted(tmp_path: Path, monkeypatch: pytes
         assert not cache._parts.shelf.index.moving()
 
 
-def test_ctrl_c_between_the_removals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of removals that a lowered budget demands leaves nothing that goes on leaving."""
+@pytest.mark.parametrize("moved", [False, True], ids=["before it is moved", "right after"])
+def test_ctrl_c_between_the_removals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool) -> None:
+    """Ctrl-C in the middle of removals that a lowered budget demands leaves nothing that goes on leaving, or unseen."""
     with small_cache(tmp_path, DictSource().add("a", "b", "c")) as cache:
         cache.prefetch(["a", "b", "c"], tier="disk").wait(10)
         store = cache.disk.store
         remove, calls = store.remove, list[str]()
 
-        def interrupted(name: str) -> Any:
+        def interrupted(name: str, aside: Path) -> Any:
             calls.append(name)
+            if len(calls) == 2 and not moved:
+                raise Stopped
+            found = remove(name, aside)
             if len(calls) == 2:
                 raise Stopped
-            return remove(name)
+            return found
 
         monkeypatch.setattr(store, "remove", interrupted, raising=False)
         with pytest.raises(Stopped):
@@ -442,11 +446,11 @@ def test_delete_while_another_evicts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         store = one.disk.store
         remove, held = store.remove, list[Any]()
 
-        def meanwhile(name: str) -> Any:
+        def meanwhile(name: str, aside: Path) -> Any:
             pin = two.disk.store.pin(name)
             held.append(pin)
             assert not two.delete("a")
-            return remove(name)
+            return remove(name, aside)
 
         monkeypatch.setattr(store, "remove", meanwhile)
         one.disk.budget = 4096
@@ -489,7 +493,7 @@ def test_other_ledger_evicts_what_is_being_published(tmp_path: Path, monkeypatch
 
         def publish_and_remove(staged: Path, name: str) -> None:
             publish(staged, name)
-            tried.append(two.disk.store.remove(name))
+            tried.append(two.disk.store.remove(name, two.disk.store.aside()))
 
         monkeypatch.setattr(store, "publish", publish_and_remove)
         assert one.get("a").name == "a"

@@ -215,7 +215,7 @@ def crowd(folder: Path, bucket: Bucket, till: Till, seconds: float, workers: int
         f"stopped: {uses} uses, {len(till.downloads)} downloads ({sum(at.whole for at in till.downloads)} whole) for "
         f"{len(some.all('fetched'))} fetches, {len(lost)} lost with their process, {len(unexplained)} unexplained, "
         f"{len(twice)} doubled; {len(wrong)} wrong; {len(over)} of {sampled['samples']} samples over {budget} bytes "
-        f"(most {sampled['most']}); timeouts {dict(timeouts)}"
+        f"(most {sampled['most']}), or over what is booked ({sampled['compared']} compared); timeouts {dict(timeouts)}"
     )
     assert not wrong, wrong[:10]
     assert not over, over[:10]
@@ -223,6 +223,7 @@ def crowd(folder: Path, bucket: Bucket, till: Till, seconds: float, workers: int
     assert not unexplained, unexplained[:10]
     assert not said, "\n".join(said)
     assert sampled["samples"] > seconds * 10
+    assert sampled["compared"] > seconds * 3
     assert uses > seconds * 3
     assert sum(timeouts.values()) < uses / 20, timeouts
     last_start(settings, till)

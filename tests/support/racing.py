@@ -162,7 +162,12 @@ def small_cache(
 
 
 def allocated(folder: Path) -> int:
-    """Return the bytes allocated for models at one moment, never too many: what is below ``models/`` and ``tmp/*/``.
+    """Return the bytes allocated for models at one moment, never too many; see ``takings``."""
+    return sum(takings(folder).values())
+
+
+def takings(folder: Path) -> dict[str, int]:
+    """Return the bytes allocated for all that is below ``models/`` and ``tmp/*/`` at one moment, by its path in there.
 
     Only what is found by one walk and still there after it counts, so a concurrent rename or removal makes it
     less than there was, and never more.
@@ -179,12 +184,13 @@ def allocated(folder: Path) -> int:
                     found[status.st_ino] = entry.path, status.st_blocks
                     if entry.is_dir(follow_symlinks=False):
                         workshops.append(entry.path)
-    total = 0
+    taken: dict[str, int] = {}
     for inode, (path, blocks) in found.items():
         with contextlib.suppress(OSError):
             status = os.lstat(path)
-            total += min(blocks, status.st_blocks) * 512 if status.st_ino == inode else 0
-    return total
+            if status.st_ino == inode:
+                taken[os.path.relpath(path, folder)] = min(blocks, status.st_blocks) * 512
+    return taken
 
 
 def descriptors() -> int:

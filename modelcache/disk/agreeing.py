@@ -5,7 +5,6 @@ Each transaction with the ledger begins with what others have changed, so that w
 
 import functools
 import json
-import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,11 +21,9 @@ from modelcache.disk.sweeping import reconcile
 from modelcache.errors import ModelCacheError
 from modelcache.guard import Guard
 from modelcache.telling import complain
-from modelcache.units import format_bytes
 
 R = TypeVar("R")
 
-_log = logging.getLogger("modelcache")
 _REST = 5.0  # seconds until uses are told again where that failed
 _BATCH = 64  # uses that are told at once, where nothing else is to be told
 _PATIENCE = 3.0  # seconds that the end of a cache waits for other processes to decide
@@ -55,6 +52,7 @@ class Agreement:
         self._guard = guard
         self._uses: dict[str, tuple[float, int]] = {}
         self._misses: list[str] = []
+        store.ledger.undo = self._undo
         self._debts: list[Callable[[Book], object]] = []  # what could not be told yet
         self._rest = 0.0  # monotonic time until which uses are not told
         self._registered = ("", "", "")  # epoch, owner and settings under which the ledger knows this process
@@ -67,11 +65,8 @@ class Agreement:
     def change(self, decide: Callable[[Book], R], check: Callable[[], None] | None = None) -> R:
         """Run a transaction that reads and writes; see ``Ledger.change``."""
         self._refuse_nesting()
-        tries = list[Book]()
 
         def run(book: Book) -> R:
-            self._undo(tries)
-            tries.append(book)
             while self._debts:  # each once: another transaction waits for this one
                 debt = self._debts[0]
                 book.undo.append(functools.partial(self._owe, debt))  # first, as an interrupt may come between
@@ -79,50 +74,35 @@ class Agreement:
                 debt(book)
             return decide(book)
 
-        try:
-            result = self._store.ledger.change(run, check)
-        except BaseException as error:
-            self._undo(tries, doubt=not isinstance(error, FetchedElsewhere))  # which comes before anything is decided
-            raise
-        return result
+        return self._store.ledger.change(run, check)
 
     def _owe(self, debt: Callable[[Book], object]) -> None:
         """Take back that a debt was paid."""
         if debt not in self._debts:
             self._debts.insert(0, debt)
 
-    def _undo(self, tries: list[Book], *, doubt: bool = True) -> None:
+    def _undo(self, book: Book, error: BaseException) -> None:
         """Take back what a transaction that failed has done here: nothing of it is in the ledger."""
         with self._guard:
-            for book in tries:
-                for undo in reversed(book.undo):
-                    undo()
-                if doubt:
-                    self._index.doubt()
-        tries.clear()
+            for undo in reversed(book.undo):
+                undo()
+            if book.ahead or not isinstance(error, FetchedElsewhere):  # which comes before anything is decided
+                self._index.doubt()
 
-    def settle(self, decide: Callable[[Book], R]) -> R | None:
-        """Tell what is so already; where the disk is full, say, with the next transaction, and None is returned."""
+    def settle(self, decide: Callable[[Book], R], owed: Callable[[Book], object] | None = None) -> R | None:
+        """Tell what is so already.
+
+        Where that fails, on a full disk, say, or by Ctrl-C, it is told with the next transaction, by ``owed`` or else
+        ``decide``, which then may be so already. None is returned on a full disk.
+        """
         try:
             return self.change(decide)
-        except OSError as error:
+        except BaseException as error:
+            self._debts.append(owed or decide)
+            if not isinstance(error, OSError):
+                raise
             complain("the ledger in %s can't be written: tried again later", self._store.path, error=error)
-            self._debts.append(decide)
             return None
-
-    def warn(self) -> None:
-        """Log where another cache has the folder with another budget: the smaller one decides what stays."""
-        mine, budget = self._store.owner, self._budget()
-        told = self._store.ledger.look(Book.settings)
-        others = {json.loads(text).get("budget") for owner, text in told.items() if owner != mine} - {budget}
-        if others:
-            _log.warning(
-                "%s is shared by caches with different budgets, here %s, elsewhere %s: each makes room by its own, so "
-                "give all the same",
-                self._store.path,
-                _told(budget),
-                " and ".join(sorted(map(_told, others))),
-            )
 
     def look(self, check: Callable[[], None] | None = None) -> None:
         """Learn what other processes have changed; see ``Ledger.look``."""
@@ -193,6 +173,15 @@ class Agreement:
             book.undo.append(lambda: self._untold(uses))
             book.touch(((name, used, times) for name, (used, times) in uses.items()), owner)
         self.count(book)
+
+    def confirm(self) -> None:
+        """Tell all anew where the ledger was made anew since it was last told.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        if self._store.ledger.look(lambda book: book.epoch) != self._registered[0]:
+            self.change(self.learn)
 
     def _unregister(self) -> None:
         self._registered = ("", "", "")
@@ -313,7 +302,3 @@ class Agreement:
         """In a child: what the parent has yet to tell, and what is set aside for it, are not ours."""
         self._uses, self._misses, self._debts = {}, [], []
         self._unregister()
-
-
-def _told(budget: int | None) -> str:
-    return "no budget" if budget is None else f"a budget of {format_bytes(budget)}"

@@ -5,7 +5,6 @@ number, so that a process reads only what is new to it. How a transaction comes 
 decided in one, ``disk.index`` and ``disk.reserving``.
 """
 
-import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
@@ -17,9 +16,6 @@ from modelcache.disk.layout import Record
 from modelcache.disk.states import STATES, State
 from modelcache.policies.worth import HALVED_ABOVE, REMEMBERED
 
-VERSION = 3
-"""Of the tables; a ledger with another one is made anew from the folders."""
-
 _ASK = """
 INSERT INTO requests VALUES (:source, :model, 1, :clock, :clock, :seq) ON CONFLICT(source, model) DO UPDATE SET
     n = CASE WHEN n + 1 > :most THEN (n + 1) / 2 ELSE n + 1 END,
@@ -29,31 +25,8 @@ INSERT INTO requests VALUES (:source, :model, 1, :clock, :clock, :seq) ON CONFLI
 _FORGET = """
 DELETE FROM requests WHERE seq <= (SELECT seq FROM requests ORDER BY seq DESC LIMIT 1 OFFSET :kept)
 """
-_SELDOM = 256  # changes between two looks at how many models are remembered
+_SELDOM = 256  # requests between two looks at how many models are remembered
 _KEPT = 4096  # changes for which it is remembered what has gone
-
-SCHEMA = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-INSERT INTO meta VALUES ('epoch', '{epoch}'), ('seq', 1), ('horizon', 0), ('clock', 0);
-CREATE TABLE artifacts(
-    name TEXT PRIMARY KEY,
-    model TEXT, source TEXT, version TEXT, single TEXT, size INTEGER, fetched REAL, fetch_seconds REAL, bytes INTEGER,
-    digest TEXT,
-    state INTEGER, owner TEXT, used REAL, uses INTEGER, by TEXT, seq INTEGER
-) WITHOUT ROWID;
-CREATE INDEX changes ON artifacts(seq) WHERE seq IS NOT NULL;
-CREATE INDEX moving ON artifacts(owner) WHERE owner IS NOT NULL;
-CREATE TABLE holds(
-    id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, wanted INTEGER
-) WITHOUT ROWID;
-CREATE TABLE requests(
-    source TEXT, model TEXT, n REAL, first REAL, last REAL, seq INTEGER, PRIMARY KEY (source, model)
-) WITHOUT ROWID;
-CREATE INDEX asked ON requests(seq);
-CREATE TABLE processes(owner TEXT PRIMARY KEY, settings TEXT) WITHOUT ROWID;
-CREATE TABLE memory(owner TEXT PRIMARY KEY, scope TEXT, account TEXT) WITHOUT ROWID;
-"""
-
 
 _COLUMNS = (
     "name, model, source, version, single, size, fetched, fetch_seconds, bytes, digest, used, state, owner, uses, by"
@@ -126,6 +99,7 @@ class Book:
 
     Attributes:
         undo: what is called, under the guard, where the transaction fails.
+        ahead: whether changes of this very transaction were read: others give their numbers again where it fails.
         sql: runs a statement; for tables that another module knows.
     """
 
@@ -134,6 +108,7 @@ class Book:
         self._many = connection.executemany
         self._seq: int | None = None
         self.undo: list[Callable[[], object]] = []
+        self.ahead = False
 
     def _meta(self, key: str) -> str | int:
         (value,) = self._sql("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -145,7 +120,7 @@ class Book:
         return str(self._meta("epoch"))
 
     def _tick(self) -> int:
-        """Return the number of the changes of this transaction."""
+        """Return the number of the changes of this transaction since it last read what has changed."""
         if self._seq is None:
             self._sql("UPDATE meta SET value = value + 1 WHERE key = 'seq'")
             self._seq = int(self._meta("seq"))
@@ -158,6 +133,8 @@ class Book:
             since: number of the last change that is known; 0: none.
             made: what this process has written into a new ledger, perhaps this one.
         """
+        self.ahead |= self._seq is not None
+        self._seq = None
         seq = int(self._meta("seq"))
         if seq == since:
             return [], since, False
@@ -216,6 +193,13 @@ class Book:
             self._sql("DELETE FROM artifacts WHERE state = ? AND seq < ?", (State.GONE, seq - _KEPT))
             self._sql("UPDATE meta SET value = ? WHERE key = 'horizon'", (seq - _KEPT,))
 
+    def missing(self, name: str, taker: str | None) -> None:
+        """Say that a folder is not where it should be: it is no more, or ``taker`` has moved it aside to remove it."""
+        if taker is None:
+            self.gone([name])
+        else:
+            self.mark([name], State.LEAVING, taker)
+
     def touch(self, uses: Iterable[tuple[str, float, int]], by: str) -> None:
         """Book uses: name, seconds since the epoch of the last one, how many."""
         seq = self._tick()
@@ -227,10 +211,11 @@ class Book:
     def ask(self, source: str, models: Iterable[str]) -> None:
         """Count memory misses, in their order; of models that nobody asks for any more only the latest are kept."""
         seq, clock = self._tick(), int(self._meta("clock"))
+        before = clock
         for clock, model in enumerate(models, clock + 1):  # noqa: B020 - it goes on from there
             self._sql(_ASK, {"source": source, "model": model, "clock": clock, "seq": seq, "most": HALVED_ABOVE})
         self._sql("UPDATE meta SET value = ? WHERE key = 'clock'", (clock,))
-        if seq % _SELDOM == 0:
+        if before // _SELDOM != clock // _SELDOM:
             self._sql(_FORGET, {"kept": REMEMBERED})
 
     def asked(self, source: str, since: int) -> tuple[int, list[Asked]]:
@@ -279,6 +264,11 @@ class Book:
         found = self._sql("SELECT name, state FROM artifacts WHERE owner = ? AND state != ?", (owner, State.GONE))
         return [(name, State(state)) for name, state in found]
 
+    def state(self, name: str) -> State | None:
+        """Return what is to become of a folder; None where it is not on record."""
+        found = self._sql("SELECT state FROM artifacts WHERE name = ?", (name,)).fetchone()
+        return None if found is None else STATES[found[0]]
+
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Return the bytes of some folders."""
         query = "SELECT bytes FROM artifacts WHERE name = ?"
@@ -299,10 +289,3 @@ class Book:
 def named(source: str, model: str, mine: str) -> str:
     """Return what a policy calls a model: its id where it is of our source; no id has a line break."""
     return model if source == mine else f"{source}\n{model}"
-
-
-def create(connection: sqlite3.Connection) -> None:
-    """Make the tables of a new ledger, inside a transaction."""
-    for statement in SCHEMA.format(epoch=secrets.token_hex(8)).split(";"):
-        if statement.strip():
-            connection.execute(statement)

@@ -15,6 +15,7 @@ from pathlib import Path
 from modelcache.blocks import USUAL, Blocks
 from modelcache.openfiles import OpenFile
 
+_LOOKS = 100  # at a folder from which files are being removed
 _AT_ONCE = 16 * 1024  # bytes of a file that are read by one call
 
 
@@ -31,6 +32,18 @@ def allocated(folder: Path, blocks: Blocks = USUAL) -> int:
         taken = status.st_blocks * 512
         total += taken if blocks.prompt else max(taken, blocks.charged(status.st_size))
     return total
+
+
+def taken(folder: Path) -> int:
+    """Return what a folder takes in which things come and go: it is looked at again where one has just gone."""
+    for _ in range(_LOOKS):
+        try:
+            return allocated(folder)
+        except FileNotFoundError:
+            continue
+        except OSError:  # of somebody else, or on a bad disk
+            break
+    return 0
 
 
 def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -119,18 +132,17 @@ def set_mode(folder: Path, mode: int) -> None:
 
 
 def move_aside(folder: Path, aside: Path, key: str) -> Path:
-    """Take a folder away from all readers by one step, and return where it is now; nothing where it is gone.
+    """Take a folder away from all readers by one step, and return where it is now.
 
     A folder of a container's image (the lower layer of an overlayfs) can't be renamed: it stays where it is, without
     the file ``key``, so that nobody takes it for whole.
 
     Raises:
+        FileNotFoundError: it is gone, or what it was to be moved to.
         OSError: the system refuses; the folder is whole.
     """
     try:
         folder.rename(aside)
-    except FileNotFoundError:
-        pass
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
@@ -147,6 +159,15 @@ def same(descriptor: int, path: Path) -> bool:
         return False
     then = os.fstat(descriptor)
     return (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Return what tells a file from one that is put in its place; zeros where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0)
+    return status.st_dev, status.st_ino
 
 
 def sweep_one(leftover: Path) -> None:

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from modelcache.disk.book import VERSION, Book, create
+from modelcache.disk.book import Book
+from modelcache.disk.files import identity
+from modelcache.disk.tables import VERSION, create
 from modelcache.openfiles import OpenFile
 
 R = TypeVar("R")
@@ -67,12 +69,16 @@ class Ledger:
         path: the file; None: in memory, for a folder that can only be read.
         mode: permissions of folders; the file gets the same without the execute bits.
         fill: writes what is known from the folders into a new ledger.
+
+    Attributes:
+        undo: is called where a transaction that writes has failed, before the next one begins.
     """
 
     def __init__(self, path: Path | None, mode: int, fill: Callable[[Book], None]) -> None:
         self._path = path
         self._mode = mode & 0o666
         self._fill = fill
+        self.undo: Callable[[Book, BaseException], object] = lambda *_: None
         self._begin()
 
     def _begin(self) -> None:
@@ -91,7 +97,7 @@ class Ledger:
         """Run a transaction that reads and writes.
 
         Args:
-            decide: is called once or more often: what it does to anything but the book must bear that.
+            decide: is called once or more often; what it does to anything but the book, ``undo`` takes back.
             check: is called between two tries, without any lock; raises to stop.
 
         Raises:
@@ -153,13 +159,18 @@ class Ledger:
             connection = self._connect()
         finally:
             seen[0] = self._file
+        book = Book(connection)
         try:
             connection.execute(begin)  # an interrupt may come right after it
-            result = decide(Book(connection))
+            result = decide(book)
             connection.execute("COMMIT")
-        except BaseException:
+            if self._path is not None and self._file != identity(self._path):
+                raise _Occupied("removed meanwhile")  # noqa: TRY301 - nobody will ever see this
+        except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
+            if begin != "BEGIN":
+                self.undo(book, error)
             if self._connection is not connection:  # a signal handler has forked: nothing of this is in the file
                 raise _Occupied("closed by a fork") from None
             raise
@@ -167,7 +178,7 @@ class Ledger:
 
     def _connect(self) -> sqlite3.Connection:
         """Return the connection to the file that others see: somebody may have removed it under us."""
-        if self._connection is not None and (self._path is None or self._file == _identity(self._path)):
+        if self._connection is not None and (self._path is None or self._file == identity(self._path)):
             return self._connection
         self._disconnect()
         self._connection = self._open_file(self._path) if self._path is not None else self._open_memory()
@@ -184,7 +195,7 @@ class Ledger:
             self._create(path)
             if path.stat().st_uid == os.geteuid():
                 path.chmod(self._mode)  # whatever the umask; SQLite gives its other files the same
-            self._file = _identity(path)
+            self._file = identity(path)
             connection = sqlite3.connect(path, timeout=_TRY, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare(connection)
@@ -247,7 +258,7 @@ class Ledger:
             self._disconnect()
             try:
                 with self._entrance(path):
-                    if _identity(path) == seen:
+                    if identity(path) == seen:
                         _unlink(
                             str(path), f"{path}-wal", f"{path}-shm", f"{path}-journal"
                         )  # the file first: see _create
@@ -307,11 +318,3 @@ def _unlink(*names: str) -> None:
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)  # noqa: PTH108 - a str
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return (0, 0)
-    return status.st_dev, status.st_ino

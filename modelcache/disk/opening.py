@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from modelcache.disk.flocks import FolderPins
@@ -16,6 +16,7 @@ from modelcache.disk.pins import Pins, RangePins
 from modelcache.disk.workshop import no_locks
 from modelcache.errors import AccessDenied, ConfigError
 from modelcache.mounts import file_system
+from modelcache.units import format_bytes
 
 _log = logging.getLogger("modelcache")
 _MEMORY = {"tmpfs", "ramfs"}
@@ -39,6 +40,23 @@ def refuse_network(path: Path) -> None:
             setting="path",
             value=str(path),
         )
+
+
+def warn_of_budgets(path: Path, mine: int | None, others: Iterable[str]) -> None:
+    """Log where other caches, of which each says its settings, have the folder with another budget."""
+    different = {json.loads(text).get("budget") for text in others} - {mine}
+    if different:
+        _log.warning(
+            "%s is shared by caches with different budgets, here %s, elsewhere %s: each makes room by its own, so "
+            "give all the same",
+            path,
+            _told(mine),
+            " and ".join(sorted(map(_told, different))),
+        )
+
+
+def _told(budget: int | None) -> str:
+    return "no budget" if budget is None else f"a budget of {format_bytes(budget)}"
 
 
 def warn(path: Path, mode: int) -> None:

@@ -101,6 +101,7 @@ class Publisher:
             draft = Draft(staging.id, self._source, wish.model, max(size + overhead, least)).to_json()
             self._room.reserve(staging, max(size + overhead, least))
             staging.folder = self._store.stage(draft)
+            self._agreed.confirm()
         except BaseException:
             self._drop(staging)
             raise
@@ -175,12 +176,17 @@ class Publisher:
                 self._index.unpin(item)
                 self._index.stagings.add(staging)
             self._store.withdraw(name, staging.folder)
-            self._agreed.settle(lambda book: self._returned(book, staging, item))
+            stays = self._store.exists(name)  # the system may refuse that, too
+            self._agreed.settle(lambda book: self._returned(book, staging, item, stays=stays))
             raise
-        late: list[bool] = []
         with self._remover.duty() as due:
-            due[:] = self._agreed.settle(lambda book: self._arrived(book, staging, item, late=bool(late))) or []
-            late.append(True)
+            due[:] = (
+                self._agreed.settle(
+                    lambda book: self._arrived(book, staging, item, late=False),
+                    lambda book: self._arrived(book, staging, item, late=True),
+                )
+                or []
+            )
             with self._guard:
                 item = self._same(item)
                 self._guard.notify()
@@ -203,12 +209,15 @@ class Publisher:
         book.add([(name, record, record.fetched)], State.ARRIVING, self._store.owner)
         self._agreed.learn(book)
 
-    def _returned(self, book: Book, staging: Staging, item: Item) -> None:
-        """Count the staging again: it could not be published."""
+    def _returned(self, book: Book, staging: Staging, item: Item, *, stays: bool) -> None:
+        """Count the staging again: it could not be published; ``stays``: nor be taken back."""
         self._agreed.learn(book)
-        book.gone([item.name])
+        if stays:
+            book.mark([item.name], State.DOOMED, None)
+        else:
+            book.gone([item.name])
+        self._agreed.learn(book)
         with self._guard:
-            self._index.forget(item)
             wanted = staging in self._index.stagings  # else it was discarded meanwhile
         if wanted:
             self._agreed.hold(book, staging, staging.reserved)
@@ -217,7 +226,8 @@ class Publisher:
         """Serve what was published, and begin to remove earlier versions of it; ``late``: leave that to others."""
         self._agreed.learn(book)
         book.let_go([staging.folder.name])
-        book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)  # it may be another ledger
+        if book.state(item.name) in {None, State.ARRIVING}:  # it may be another ledger
+            book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)
         self._agreed.learn(book)
         with self._guard:
             old = [at for at in self._index.of(item.model) if at.name != item.name]

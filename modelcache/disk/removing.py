@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
+import attrs
+
 from modelcache.disk.agreeing import Agreement
 from modelcache.disk.book import Book
 from modelcache.disk.index import Index
@@ -19,6 +21,31 @@ from modelcache.guard import Guard
 from modelcache.telling import complain
 
 _STUCK = 30.0  # seconds until the removal of what the system refuses to remove is tried again
+
+
+@attrs.define
+class _Outcome:
+    """What has become of items that were to be removed.
+
+    Attributes:
+        kept: what could not be moved aside.
+        debris: what was, and is not deleted yet, by where it is now.
+        gone: names of what was deleted, where it was then.
+        missing: what was not there.
+    """
+
+    kept: list[Item]
+    debris: dict[Path, Item] = attrs.Factory(dict)
+    gone: list[str] = attrs.Factory(list)
+    missing: list[Item] = attrs.Factory(list)
+
+    def look(self) -> None:
+        """Look at the folders: an interrupt may have come before that was noted."""
+        for aside, item in [*self.debris.items()]:
+            if not os.path.lexists(aside):
+                del self.debris[aside]
+            elif item in self.kept:
+                self.kept.remove(item)
 
 
 class Remover:
@@ -91,57 +118,58 @@ class Remover:
         Raises:
             OSError: the disk is full, or broken.
         """
-        kept, debris, gone = list(items), dict[Path, Item](), list[str]()
+        outcome = _Outcome(list(items))
         try:
             for item in items:
-                self._remove(item, kept, debris, gone)
+                self._remove(item, outcome)
         finally:  # also where Ctrl-C comes between: or nobody would remove the rest, and all would wait for that
-            for aside, item in [*debris.items()]:
-                if not os.path.lexists(aside):
-                    del debris[aside]
-                elif item in kept:  # it came right after the move
-                    kept.remove(item)
-            self._agreed.settle(lambda book: self._removed(book, items, kept, debris, gone))
+            self._agreed.settle(lambda book: self._removed(book, items, outcome))
             with self._guard:
                 self._guard.notify()
-        return kept
+        return outcome.kept
 
-    def _remove(self, item: Item, kept: list[Item], debris: dict[Path, Item], gone: list[str]) -> None:
+    def _remove(self, item: Item, outcome: _Outcome) -> None:
         """Remove one item, and note what has become of it."""
         try:
-            aside = self._store.aside()
-            debris[aside] = item
+            aside = self._store.workshop.aside(item.name)
+            outcome.debris[aside] = item  # first: an interrupt may come right after the move
             moved = self._store.remove(item.name, aside)
             if moved is None:
                 return
-            kept.remove(item)
-            debris[moved] = item
+            outcome.kept.remove(item)
+            outcome.debris[moved] = item
             if self._store.discard(moved):
-                gone.append(moved.name)
+                outcome.gone.append(moved.name)
         except OSError as error:  # no descriptor left, or no permission: it still counts, and is tried again later
+            if isinstance(error, FileNotFoundError) and not self._store.exists(item.name):
+                outcome.kept.remove(item)
+                outcome.missing.append(item)
+                return
             item.stuck = time.monotonic() + _STUCK
             complain("%s can't be removed now: look at its owner and mode", item.name, error=error)
 
-    def _removed(
-        self, book: Book, items: Collection[Item], kept: list[Item], debris: dict[Path, Item], gone: list[str]
-    ) -> None:
-        """Book what has gone, and what has not."""
+    def _removed(self, book: Book, items: Collection[Item], outcome: _Outcome) -> None:
+        """Book what has gone, and what has not; may be called again, after others have decided."""
         self._agreed.learn(book)
-        book.let_go(gone)  # by its name a ledger that was made anew meanwhile knows it
-        fates = {item: State.DOOMED if item.state is State.EXPELLED else item.was for item in kept}
-        fates = {item: fate for item, fate in fates.items() if item.state in REMOVING}  # else somebody said otherwise
+        outcome.look()
+        book.let_go(outcome.gone)  # by its name a ledger that was made anew meanwhile knows it
+        mine = {name for name, state in book.owned(self._store.owner) if state in REMOVING}
+        fates = {item: State.DOOMED if item.state is State.EXPELLED else item.was for item in outcome.kept}
+        fates = {item: fate for item, fate in fates.items() if item.name in mine}  # else somebody said otherwise
         for fate in {*fates.values()}:
             self._agreed.mark(book, [item for item in fates if fates[item] is fate], fate)
-        book.gone(item.name for item in items if item not in kept)
+        book.gone(item.name for item in items if item not in outcome.kept and item not in outcome.missing)
+        for item in outcome.missing:
+            book.missing(item.name, self._store.workshop.taker(item.name))
         with self._guard:
             for item in items:
-                if item in kept:
+                if item in outcome.kept:
                     self._index.kept(item, fates.get(item, item.state))
-                else:
+                elif item not in outcome.missing:
                     self._index.forget(item)
-        for folder, item in debris.items():
+        for folder, item in outcome.debris.items():
             self._agreed.leave(book, folder, item.bytes)
-        self._agreed.count(book)
+        self._agreed.learn(book)
 
     def clear(self) -> None:
         """Delete what could not be deleted before, as far as it can be now."""
@@ -149,11 +177,17 @@ class Remover:
             debris = list(self._index.debris)
         gone = [folder for folder in debris if self._store.discard(folder)]
         if gone:
-            with self._guard:
-                ids = [folder.name for folder in gone if self._index.debris.pop(folder, None) is not None]
-            self._agreed.settle(lambda book: self._let_go(book, ids))
+            self._agreed.settle(lambda book: self._let_go(book, gone))
 
-    def _let_go(self, book: Book, ids: Iterable[str]) -> None:
+    def _let_go(self, book: Book, folders: Collection[Path]) -> None:
         self._agreed.learn(book)
-        book.let_go(ids)
+        book.let_go(folder.name for folder in folders)
+        with self._guard:
+            debris = self._index.debris
+            left = {folder: debris.pop(folder) for folder in folders if folder in debris}
+            book.undo.append(lambda: debris.update(left))
         self._agreed.count(book)
+
+    def reset_after_fork(self) -> None:
+        """In a child: what the parent is removing is not ours to remove."""
+        self._duties = []

@@ -132,10 +132,11 @@ class DiskRoom:
 
         def decide(book: Book) -> _Decision:
             self._agreed.learn(book)
+            now = attrs.evolve(limits, budget=self._tier.budget, min_free=self._tier.min_free)  # as assigned meanwhile
             if staging is not None and not staging.reserved:
                 self._agreed.check_single(book, staging)
             with self._guard:
-                shortage = index.shortage(amount, limits)
+                shortage = index.shortage(amount, now)
                 behind = staging is not None and self._behind(staging)
                 spared = staging.wish.spared() if staging is not None else ()
                 able = evict and not behind and not shortage.fits

@@ -14,7 +14,7 @@ from modelcache.disk.held import Held
 from modelcache.disk.index import Index
 from modelcache.disk.items import RECHECK, Item, Wish
 from modelcache.disk.ledger import OPENING, patience
-from modelcache.disk.opening import told
+from modelcache.disk.opening import told, warn_of_budgets
 from modelcache.disk.pins import Pin
 from modelcache.disk.refusals import read_only
 from modelcache.disk.removing import Remover
@@ -69,7 +69,8 @@ class Shelf:
         if store.writable:
             with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the first fetch
                 agreed.change(agreed.learn, patience())
-            agreed.warn()
+            told_by = store.ledger.look(Book.settings)
+            warn_of_budgets(store.path, tier.budget, [text for owner, text in told_by.items() if owner != store.owner])
 
     @property
     def busy(self) -> bool:
@@ -161,9 +162,8 @@ class Shelf:
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
         if item.state in {State.PRESENT, State.DOOMED}:  # else who removes it says when its bytes are gone
-            book.gone([item.name])
-            with self._guard:
-                self.index.forget(item)
+            book.missing(item.name, self._store.workshop.taker(item.name))
+            self._agreed.learn(book)
 
     def release(self, held: Held) -> None:
         """Let go of a pinned artifact; one that was to be deleted, or was replaced, goes with its last pin."""
@@ -242,6 +242,7 @@ class Shelf:
         kept = list(kept)
         self._store.reset_after_fork(held.pin for held in leased if held.pin is not None)
         self._agreed.reset_after_fork()
+        self._remover.reset_after_fork()
         self.index.reset_after_fork()
         for held in kept:
             self.index.pin(held.item)

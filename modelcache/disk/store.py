@@ -22,7 +22,7 @@ from modelcache.blocks import Blocks, look_at
 from modelcache.disk import figures
 from modelcache.disk.book import Book, Made
 from modelcache.disk.digests import digest_of
-from modelcache.disk.files import allocated, delete, make_folder, move_aside, sync, sync_tree, unmake
+from modelcache.disk.files import allocated, delete, make_folder, move_aside, sync, sync_tree, taken, unmake
 from modelcache.disk.flocks import FolderPins
 from modelcache.disk.layout import ARTIFACT, RECORD, UNSEALED, Record, is_published
 from modelcache.disk.ledger import Ledger
@@ -38,6 +38,7 @@ from modelcache.disk.opening import (
 )
 from modelcache.disk.pins import Pin, Pins
 from modelcache.disk.published import Published, raise_short, read_records, read_whole
+from modelcache.disk.states import State
 from modelcache.disk.workshop import Workshop
 from modelcache.errors import AccessDenied, ConfigError
 
@@ -51,6 +52,7 @@ class Store:
 
     Attributes:
         blocks: how its file system allocates.
+        workshop: where this process stages and removes.
 
     Args:
         path: the folder; made, with its parents, where it is missing.
@@ -71,12 +73,12 @@ class Store:
         self._seen = 0  # when the folder had last changed before it was listed, in nanoseconds; 0: not to be relied on
         self.blocks = Blocks()
         self._models = path / "models"
-        self._workshop = Workshop(path / "tmp", mode)
+        self.workshop = Workshop(path / "tmp", mode)
         self._pins: Pins = FolderPins()  # which has nothing open yet
         self.ledger = Ledger(path / "ledger.sqlite3", mode, self._fill)
         with told(path):
             self._open()
-        weakref.finalize(self, self._workshop.close)  # for a tier that never gets a cache to close it
+        weakref.finalize(self, self.workshop.close)  # for a tier that never gets a cache to close it
 
     def _open(self) -> None:
         try:
@@ -103,17 +105,17 @@ class Store:
         for folder in (self._models, self.path / "tmp"):
             make_folder(folder, self.mode)
             check_owner(folder, self.mode)
-        mark(self.path, self._workshop.folder(), self.mode)
+        mark(self.path, self.workshop.folder(), self.mode)
         self.blocks = look_at(self.path / "tmp" / secrets.token_hex(8))  # whatever is left of that is swept
 
     @property
     def owner(self) -> str:
         """The name under which the ledger knows this process: of its temporary folder, which it has locked."""
-        return self._workshop.folder().name if self.writable else "reader"
+        return self.workshop.folder().name if self.writable else "reader"
 
     def adopt(self) -> None:
         """In a child of a process that opened this and gave it no cache: have a temporary folder of our own."""
-        if not self._workshop.mine:
+        if not self.workshop.mine:
             self.reset_after_fork(())
 
     def before_fork(self, *, guarded: bool) -> None:
@@ -126,7 +128,7 @@ class Store:
 
     def reset_after_fork(self, kept: Iterable[Pin]) -> None:
         """In a child: the parent's temporary folder and pins are not ours, but for those in ``kept``."""
-        self._workshop.reset_after_fork()
+        self.workshop.reset_after_fork()
         self._pins.reset_after_fork(kept)
         self.ledger.reset_after_fork()
 
@@ -136,10 +138,10 @@ class Store:
 
     def close(self) -> None:
         """Remove this process's temporary folder, and close all files."""
-        if self._workshop.mine:
+        if self.workshop.mine:
             self.ledger.close()
             self._pins.close()
-        self._workshop.close()
+        self.workshop.close()
 
     def stage(self, draft: str) -> Path:
         """Return a new folder to build an artifact in, with an empty ``artifact/`` and a draft in place of its record.
@@ -148,7 +150,7 @@ class Store:
             OSError: the disk is full, or broken; nothing is left behind.
         """
         make_folder(self._models, self.mode)  # somebody may have removed it
-        folder = self._workshop.name()
+        folder = self.workshop.name()
         try:
             make_folder(folder, self.mode)
             (folder / RECORD).write_text(draft)
@@ -244,8 +246,16 @@ class Store:
         names = sorted(filter(is_published, listed))  # so the tables grow at their end
         self.made = book.fill(read_records(str(self._models), names))
         self._listed = listed
-        for hold in self._workshop.under_way() if self.writable else ():
+        for hold in self.workshop.under_way() if self.writable else ():
             book.hold(hold)
+        if self.writable and self.changed():  # what was published between the two looks is in neither
+            late = sorted({*filter(is_published, self.listed() or [])}.difference(names))
+            book.add(read_records(str(self._models), late), State.PRESENT, None)
+            self.made = None
+
+    def taken(self, name: str) -> int:
+        """Return the bytes that the published folder of that name takes."""
+        return taken(self._models / name)
 
     def exists(self, name: str) -> bool:
         """Whether there is anything of that name among the published folders."""
@@ -270,16 +280,13 @@ class Store:
                 os.utime(staged or folder, ns=(now, now))  # its recency, where the ledger has to be made anew
         return pin
 
-    def aside(self) -> Path:
-        """Return where to move a folder that is to be removed; what a crash leaves there is swept by the next start."""
-        return self._workshop.name()
-
     def remove(self, name: str, aside: Path) -> Path | None:
         """Move a published folder aside, so that nobody ever sees half of it, and return where to ``discard`` it.
 
         None where some process has it pinned.
 
         Raises:
+            FileNotFoundError: it is gone, or what it was to be moved to.
             OSError: the system refuses; the folder is still there.
         """
         folder = self._models / name
@@ -292,15 +299,7 @@ class Store:
 
     def sweep(self) -> dict[str, bool]:
         """Delete what dead processes, and only they, left under ``tmp/``; return their names, and whether all went."""
-        return self._workshop.sweep() if self.writable else {}
-
-    def taken_by(self, owner: str) -> int:
-        """Return the bytes of what a process has under ``tmp/``."""
-        return self._workshop.taken_by(owner)
-
-    def workers(self) -> set[str]:
-        """Return the names of the processes that have a temporary folder."""
-        return self._workshop.all()
+        return self.workshop.sweep() if self.writable else {}
 
     def free(self) -> int:
         """Return the bytes that the file system has left for this user."""

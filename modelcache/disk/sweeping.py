@@ -44,17 +44,20 @@ def reconcile(store: Store, known: Mapping[str, Item]) -> bool:
     fresh = [at for at in found.values() if at is not None]
     if fresh or lost:
         with contextlib.suppress(TimeoutError):
-            store.ledger.change(lambda book: _correct(book, fresh, lost), patience())
+            store.ledger.change(lambda book: _correct(book, store, fresh, lost), patience())
     for name, at in found.items():
         if at is None and store.exists(name):
             _clear(store, name)
     return bool(fresh or lost)
 
 
-def _correct(book: Book, fresh: list[Published], lost: list[str]) -> None:
+def _correct(book: Book, store: Store, fresh: list[Published], lost: list[str]) -> None:
     known = book.names()
-    book.add(((at.name, at.record, at.used) for at in fresh if at.name not in known), State.PRESENT, None)
-    book.gone(name for name in lost if known.get(name) in {State.PRESENT, State.DOOMED})  # else somebody removes it
+    there = [at for at in fresh if at.name not in known and store.exists(at.name)]  # else removed meanwhile
+    book.add(((at.name, at.record, at.used) for at in there), State.PRESENT, None)
+    for name in lost:
+        if known.get(name) in {State.PRESENT, State.DOOMED}:  # else somebody removes it
+            book.missing(name, store.workshop.taker(name))
 
 
 def _clear(store: Store, name: str) -> None:
@@ -63,9 +66,14 @@ def _clear(store: Store, name: str) -> None:
         return
     _log.warning("%s in %s is damaged: removed, to be fetched again", name, store.path)
     try:
-        aside = store.remove(name, store.aside())
-        if aside is not None:
-            store.discard(aside)
+        aside, size = store.workshop.aside(name), store.taken(name)
+        hold = Hold(aside.name, store.owner, "", "", size, size, 0)
+        store.ledger.change(lambda book: book.hold(hold), patience())  # nobody has counted it yet
+        with contextlib.suppress(FileNotFoundError):  # another one that starts has removed it
+            moved = store.remove(name, aside)
+            if moved is None or not store.discard(moved):
+                return  # it counts until this process ends
+        store.ledger.change(lambda book: book.let_go([aside.name]), patience())
     except OSError as error:
         _log.warning("%s can't be removed (%s): look at its owner and mode", name, error)
 
@@ -80,12 +88,12 @@ def sweep(store: Store) -> None:
         return
     owners = store.ledger.look(Book.owners)  # before the look at their folders, which come first
     swept = store.sweep()
-    dead = owners.intersection(swept) | (owners - store.workers())
+    dead = owners.intersection(swept) | (owners - store.workshop.all())
     for owner in dead:
         gone = swept.get(owner, True)
         left = store.ledger.look(lambda book, owner=owner: book.owned(owner))  # type: ignore[misc]
         there = {name for name, _ in left if store.exists(name)}
-        taken = 0 if gone else store.taken_by(owner)
+        taken = 0 if gone else store.workshop.taken_by(owner)
         with contextlib.suppress(TimeoutError):  # a process was stopped while it wrote: with the next sweep
             store.ledger.change(functools.partial(_bury, owner=owner, there=there, taken=taken, gone=gone), patience())
 

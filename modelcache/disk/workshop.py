@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from modelcache.disk.book import Hold
-from modelcache.disk.files import allocated, make_folder, read_text, same, sweep_one
+from modelcache.disk.files import make_folder, read_text, same, sweep_one, taken
 from modelcache.disk.layout import RECORD, UNSEALED, Draft, Record
 from modelcache.errors import ConfigError
 from modelcache.openfiles import OpenFile
@@ -23,7 +23,7 @@ from modelcache.openfiles import OpenFile
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 """How a folder is opened to lock it."""
 
-_LOOKS = 100  # at a folder from which files are being removed
+_TOLD_APART = 32 + 1 + 8  # last characters of the name of a published folder; no two have the same
 _LONG = 34  # bytes of a name: tmp/<16>/<68> is as long as models/ with the longest name there
 
 
@@ -108,6 +108,15 @@ class Workshop:
         """
         return self.folder() / secrets.token_hex(_LONG)
 
+    def aside(self, name: str) -> Path:
+        """Return the path in the folder to which a published folder is moved before it is deleted."""
+        return self.folder() / name[-_TOLD_APART:]
+
+    def taker(self, name: str) -> str | None:
+        """Return the other process that has moved a published folder aside, if one has."""
+        mine, name = self.folder(), name[-_TOLD_APART:]
+        return next((at.name for at in _listed(self._root) if at != mine and os.path.lexists(at / name)), None)
+
     def under_way(self) -> Iterator[Hold]:
         """Yield what is to be set aside for what all processes stage and remove, as their folders tell.
 
@@ -118,16 +127,16 @@ class Workshop:
                 draft, record = _read(folder / RECORD)
                 if record is not None and record.digest == UNSEALED:
                     draft = Draft(folder.name, record.source, record.model, 0)
-                taken = max(_taken_by(folder), record.bytes if record is not None else 0)
+                size = max(taken(folder), record.bytes if record is not None else 0)
                 if draft is None:
-                    yield Hold(folder.name, owner.name, "", "", taken, taken, 0)
+                    yield Hold(folder.name, owner.name, "", "", size, size, 0)
                 else:
-                    reserved = max(draft.reserved, taken)
-                    yield Hold(draft.hold, owner.name, draft.source, draft.model, reserved, taken, 0)
+                    reserved = max(draft.reserved, size)
+                    yield Hold(draft.hold, owner.name, draft.source, draft.model, reserved, size, 0)
 
     def taken_by(self, owner: str) -> int:
         """Return the bytes of what a process has in its folder."""
-        return sum(map(_taken_by, _listed(self._root / owner)))
+        return sum(map(taken, _listed(self._root / owner)))
 
     @property
     def mine(self) -> bool:
@@ -172,18 +181,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # of somebody else, or on a bad disk
         return False
-
-
-def _taken_by(folder: Path) -> int:
-    """Return what a folder takes in which things come and go: it is looked at again where one has just gone."""
-    for _ in range(_LOOKS):
-        try:
-            return allocated(folder)
-        except FileNotFoundError:
-            continue
-        except OSError:  # of somebody else, or on a bad disk
-            break
-    return 0
 
 
 def _read(path: Path) -> tuple[Draft | None, Record | None]:

@@ -278,11 +278,11 @@ def test_children_and_threads_download_at_once(tmp_path: Path) -> None:
                 if threading.current_thread() not in staging:
                     staging.append(threading.current_thread())
                     barrier.wait(5)
-                    if barrier.n_waiting == 0 and not unlocked and cache.disk.store._workshop is not None:
+                    if barrier.n_waiting == 0 and not unlocked and cache.disk.store.workshop is not None:
                         look()
             unlocked = []
             def look():
-                mine = cache.disk.store._workshop
+                mine = cache.disk.store.workshop
                 for other in (FOLDER / "disk" / "tmp").iterdir():
                     try:
                         descriptor = os.open(other, os.O_RDONLY)

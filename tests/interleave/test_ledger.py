@@ -493,7 +493,7 @@ def test_other_ledger_evicts_what_is_being_published(tmp_path: Path, monkeypatch
 
         def publish_and_remove(staged: Path, name: str) -> None:
             publish(staged, name)
-            tried.append(two.disk.store.remove(name, two.disk.store.aside()))
+            tried.append(two.disk.store.remove(name, two.disk.store.workshop.aside(name)))
 
         monkeypatch.setattr(store, "publish", publish_and_remove)
         assert one.get("a").name == "a"

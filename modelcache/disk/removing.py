@@ -187,7 +187,3 @@ class Remover:
             left = {folder: debris.pop(folder) for folder in folders if folder in debris}
             book.undo.append(lambda: debris.update(left))
         self._agreed.count(book)
-
-    def reset_after_fork(self) -> None:
-        """In a child: what the parent is removing is not ours to remove."""
-        self._duties = []

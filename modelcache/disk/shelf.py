@@ -242,7 +242,6 @@ class Shelf:
         kept = list(kept)
         self._store.reset_after_fork(held.pin for held in leased if held.pin is not None)
         self._agreed.reset_after_fork()
-        self._remover.reset_after_fork()
         self.index.reset_after_fork()
         for held in kept:
             self.index.pin(held.item)

@@ -138,8 +138,8 @@ def test_ctrl_c_while_leftovers_are_let_go(tmp_path: Path, monkeypatch: pytest.M
 
 def test_budget_assigned_while_a_reservation_waits_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reservation goes by the budget of the moment at which it is made."""
-    source = DictSource().add("a", "b", size=SIZE)
-    with small_cache(tmp_path, source, retry_after=0, disk={"budget": 10 * SIZE}) as cache:
+    source = DictSource().add_file("a", "a.bin", bytes(SIZE)).add_file("b", "b.bin", bytes(SIZE))
+    with small_cache(tmp_path, source, Path, retry_after=0, disk={"budget": 10 * SIZE}) as cache:
         cache.prefetch(["a"], tier="disk").wait(10)
         gate, room = Gate(), cache._parts.disk_room
         decide = room._decide
@@ -159,7 +159,7 @@ def test_budget_assigned_while_a_reservation_waits_its_turn(tmp_path: Path, monk
         sealing.wait()
         assert counted(tmp_path) <= 2 * SIZE
         sealing.open()
-        assert fetching.result().name == "b"
+        assert fetching.result().name == "b.bin"
 
 
 def test_workshop_is_removed_in_the_middle_of_a_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +236,8 @@ def test_ledger_is_made_anew_in_the_middle_of_a_publication(tmp_path: Path, monk
 
 def test_ledger_is_lost_before_a_folder_says_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was set aside for a fetch is told anew once its folder is there, which the new ledger did not find."""
-    source = DictSource().add("a", size=SIZE)
-    with small_cache(tmp_path, source) as one, small_cache(tmp_path, DictSource()) as two:
+    source = DictSource().add_file("a", "a.bin", bytes(SIZE))  # all of it is set aside at once
+    with small_cache(tmp_path, source, Path) as one, small_cache(tmp_path, DictSource()) as two:
         staging, sealing = gated(monkeypatch, one, "stage"), gated(monkeypatch, one, "seal")
         fetching = Call(one.get, "a")
         staging.wait()
@@ -246,7 +246,7 @@ def test_ledger_is_lost_before_a_folder_says_what_it_is_for(tmp_path: Path, monk
         sealing.wait()
         assert counted(tmp_path) >= allocated(tmp_path / "disk") > SIZE
         sealing.open()
-        assert fetching.result().name == "a"
+        assert fetching.result().name == "a.bin"
         assert counted(tmp_path) == allocated(tmp_path / "disk")
 
 

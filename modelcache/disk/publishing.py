@@ -101,11 +101,15 @@ class Publisher:
             draft = Draft(staging.id, self._source, wish.model, max(size + overhead, least)).to_json()
             self._room.reserve(staging, max(size + overhead, least))
             staging.folder = self._store.stage(draft)
-            self._agreed.confirm()
         except BaseException:
             self._drop(staging)
             raise
         staging.charged, staging.recorded = overhead, self.blocks.charged(longest)
+        try:
+            self._agreed.confirm()  # a ledger that was made anew before the draft was there does not know of it
+        except BaseException:
+            self.discard(staging)
+            raise
         return staging
 
     def grow(self, staging: Staging, amount: int) -> None:
@@ -180,13 +184,13 @@ class Publisher:
             self._agreed.settle(lambda book: self._returned(book, staging, item, stays=stays))
             raise
         with self._remover.duty() as due:
-            due[:] = (
-                self._agreed.settle(
-                    lambda book: self._arrived(book, staging, item, late=False),
-                    lambda book: self._arrived(book, staging, item, late=True),
-                )
-                or []
-            )
+
+            def arrive(book: Book) -> bool:
+                due[:] = self._arrived(book, staging, item, late=False)
+                return True
+
+            if not self._agreed.settle(arrive, lambda book: self._arrived(book, staging, item, late=True)):
+                due.clear()
             with self._guard:
                 item = self._same(item)
                 self._guard.notify()

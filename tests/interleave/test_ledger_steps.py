@@ -250,6 +250,20 @@ def test_ledger_is_lost_before_a_folder_says_what_it_is_for(tmp_path: Path, monk
         assert counted(tmp_path) == allocated(tmp_path / "disk")
 
 
+def test_nothing_stays_where_it_can_not_be_told_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetch that can't look at the ledger once its folder is there leaves neither the folder nor its bytes."""
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE), retry_after=0) as cache:
+
+        def fails() -> None:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache._parts.shelf._agreed, "confirm", fails)
+            assert "Input/output error" in str(Call(cache.get, "a").error())
+        assert counted(tmp_path) == allocated(tmp_path / "disk") == 0
+        read(cache)
+
+
 def test_ledger_is_lost_while_a_change_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that was written into a file that nobody will see is written again."""
     source = DictSource().add("a", size=SIZE)

@@ -57,7 +57,7 @@ def _correct(book: Book, store: Store, fresh: list[Published], lost: list[str]) 
     book.add(((at.name, at.record, at.used) for at in there), State.PRESENT, None)
     for name in lost:
         if known.get(name) in {State.PRESENT, State.DOOMED}:  # else somebody removes it
-            book.missing(name, store.workshop.taker(name))
+            book.missing(name, store.workshop.taker(name) if store.writable else None)
 
 
 def _clear(store: Store, name: str) -> None:

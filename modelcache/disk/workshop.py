@@ -114,8 +114,8 @@ class Workshop:
 
     def taker(self, name: str) -> str | None:
         """Return the other process that has moved a published folder aside, if one has."""
-        mine, name = self.folder(), name[-_TOLD_APART:]
-        return next((at.name for at in _listed(self._root) if at != mine and os.path.lexists(at / name)), None)
+        others = (at for at in _listed(self._root) if at != self._folder)
+        return next((at.name for at in others if os.path.lexists(at / name[-_TOLD_APART:])), None)
 
     def under_way(self) -> Iterator[Hold]:
         """Yield what is to be set aside for what all processes stage and remove, as their folders tell.

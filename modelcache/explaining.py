@@ -41,6 +41,7 @@ _MOST = 5  # holders that are named
 def explain(parts: Machinery[Any], model: str) -> str:
     """Return the paragraph; looking is no use of a model."""
     parts.settle()
+    parts.shelf.look()
     limits, source = parts.memory.limits(), parts.memory.limit_source
     recent = [event for event in list(parts.teller.recent) if event.model == model]
     with parts.guard:

@@ -93,7 +93,23 @@ class Fetcher(Generic[T]):
     counters: Counters = attrs.field(factory=Counters)
 
     def find(self, flight: Flight[T]) -> Held | InPlace:
-        """Return the artifact on this machine, fetched where it was not."""
+        """Return the artifact on this machine, fetched where it was not; ``part`` with it."""
+        found = self._find(flight)
+        with self.guard:
+            self.flights.parting.add(flight)
+        return found
+
+    def part(self, flight: Flight[T], found: Held | InPlace, *, kept: bool) -> None:
+        """Let go of what ``find`` returned; ``kept``: its entry in memory does that."""
+        try:
+            if isinstance(found, Held) and not kept:
+                self.shelf.release(found)
+        finally:
+            with self.guard:
+                self.flights.parting.discard(flight)
+                self.guard.notify()
+
+    def _find(self, flight: Flight[T]) -> Held | InPlace:
         self._trip(flight).stand_back(self.guard)
         flight.state = "fetching"
         with self.guard:
@@ -176,6 +192,9 @@ class Fetcher(Generic[T]):
                 quest.known = found.item.name
                 self.shelf.release(found)
                 return None
+            if found is not None:
+                with self.guard:
+                    flight.transfer.spare()
             return found
         return None
 

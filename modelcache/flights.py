@@ -187,6 +187,7 @@ class Flights(Generic[T]):
         self.loaders = loaders
         self._retry_after = retry_after
         self.active: dict[str, Flight[T]] = {}
+        self.parting: set[Flight[T]] = set()  # with an artifact in hand, of which they let go once they have landed
         self.handles: weakref.WeakSet[Watcher] = weakref.WeakSet()  # all prefetches that somebody still looks at
         self.pressed: Callable[[], bool] = lambda: False  # whether a request waits for a thread
         self.closers: set[object] = set()  # identities of the threads that are closing the cache
@@ -194,13 +195,10 @@ class Flights(Generic[T]):
 
     def failure(self, model: str) -> ModelCacheError | None:
         """Return the remembered failure of a model, fresh for one more caller; None where it may be tried."""
-        failure = self._failures.get(model)
-        if failure is None:
-            return None
-        error, until = failure
-        if time.monotonic() < until:
+        error, until = self._failures.get(model, (None, 0.0))
+        if error is not None and time.monotonic() < until:
             return error.fresh()
-        del self._failures[model]
+        self._failures.pop(model, None)
         return None
 
     def forgive(self, model: str) -> None:

@@ -176,8 +176,7 @@ class Loader(Generic[T]):
             if flight.to_memory:
                 self._after_landing(flight, *self._bring_into_memory(flight, found))
         finally:
-            if isinstance(found, Held) and (flight.entry is None or not self.shelf.keep_files):  # else its entry does
-                self.shelf.release(found)
+            self.fetcher.part(flight, found, kept=flight.entry is not None and self.shelf.keep_files)
 
     def _bring_into_memory(self, flight: Flight[T], found: Held | InPlace) -> tuple[Entry[T], Limits]:
         """Make room, load and land; from then on the entry keeps what was found."""

@@ -37,6 +37,7 @@ class Orders:
         self._parts.enter("prefetch")
         if self._parts.closed:
             raise CacheClosed("the cache is closed: make a new ModelCache")
+        self._parts.shelf.look()
         guard = self._parts.guard
         handle = Prefetch(
             models, to_memory=to_memory, guard=guard, drop=self._drop, wait_for=self._help, again=self._again
@@ -140,6 +141,7 @@ class Orders:
         parts.enter(f"refresh({model!a})")
         deadline = None if timeout is None else time.monotonic() + timeout
         watcher, renewed = Refreshing(me()), False
+        parts.shelf.look()
         while True:
             flight, new, mine = self._board(model, watcher)
             if flight is None:

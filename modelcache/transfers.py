@@ -30,6 +30,10 @@ class Transfer:
         if size or self.size is None:
             self.size = size
 
+    def spare(self) -> None:
+        """Take note that nothing needs to be transferred after all: another process has done so."""
+        self.size = self.arrived = 0
+
     def begin(self) -> None:
         """Take note that its bytes are asked for, from the first on."""
         self.arrived = 0

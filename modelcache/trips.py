@@ -79,8 +79,11 @@ class Trip(Generic[T]):
     def relieved(self) -> bool:
         """Whether somebody is about to let go of files.
 
-        A model whose unload runs on a thread that does not wait for this, or a prefetch that waits for room in memory.
+        A flight that has just landed, a model whose unload runs on a thread that does not wait for this, or a prefetch
+        that waits for room in memory.
         """
+        if any(flight.landed for flight in self._flights.parting):
+            return True
         if any(entry.keeps is not None and entry.retirer not in self.threads() for entry in self._residents.leaving):
             return True
         line, ahead = self._residents.line, urgent(self._flights)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from modelcache.disk.book import USED, Book, Hold
 from modelcache.disk.index import Index
-from modelcache.disk.items import Item, Others, Staging
+from modelcache.disk.items import RECHECK, Item, Others, Staging
 from modelcache.disk.ledger import patience
 from modelcache.disk.refusals import FetchedElsewhere
 from modelcache.disk.states import State
@@ -26,6 +26,7 @@ R = TypeVar("R")
 
 _REST = 5.0  # seconds until uses are told again where that failed
 _BATCH = 64  # uses that are told at once, where nothing else is to be told
+_ASKING = 3 * RECHECK  # seconds for which a request that lacks room is taken to wait, unless that is told again
 _PATIENCE = 3.0  # seconds that the end of a cache waits for other processes to decide
 
 
@@ -193,7 +194,7 @@ class Agreement:
 
     def count(self, book: Book) -> None:
         """Take over what is set aside by all processes."""
-        mine, holds = self._store.owner, book.holds()
+        mine, holds, now = self._store.owner, book.holds(), time.monotonic()
         foreign = [hold for hold in holds if hold.owner != mine and hold.model]
         others = Others(
             reserved=sum(hold.reserved for hold in holds),
@@ -201,6 +202,7 @@ class Agreement:
             sharing=bool(foreign),
             moving=any(not hold.wanted for hold in foreign),
             wanted=sum(hold.wanted for hold in foreign),
+            pressed=any(hold.wanted and now - hold.asked < _ASKING for hold in foreign),
         )
         with self._guard:
             self._index.others = others
@@ -226,7 +228,9 @@ class Agreement:
     def hold(self, book: Book, staging: Staging, reserved: int) -> None:
         """Set bytes aside for a staging; it knows at once, as the next transaction may tell of all stagings anew."""
         charged, owner, model = min(staging.charged, reserved), self._store.owner, staging.wish.model
-        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.wanted))
+        with self._guard:
+            asked = time.monotonic() if staging.wanted and staging.wish.urgent else 0.0
+        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.wanted, asked))
         with self._guard:
             book.undo.append(functools.partial(staging.note, staging.reserved, staging.told))
             staging.note(reserved, charged)
@@ -265,11 +269,11 @@ class Agreement:
         """Book a memory miss, for the policies of all processes; the guard is held."""
         self._misses.append(model)
 
-    def touched(self, item: Item) -> None:
-        """Book a use; others are told with the next thing that they are told, or with many."""
+    def touched(self, item: Item, *, asked: bool) -> None:
+        """Book a use, ``asked`` for by a lookup or not; others are told of it later, of many at once."""
         with self._guard:
             _, times = self._uses.get(item.name, (0.0, 0))
-            self._uses[item.name] = item.used, times + 1
+            self._uses[item.name] = item.used, times + asked
             many = max(len(self._uses), len(self._misses)) >= _BATCH and time.monotonic() >= self._rest
         if many:
             self.tell()

@@ -72,6 +72,7 @@ class Hold:
         reserved: bytes.
         charged: how many of these were written, when that was last told.
         wanted: bytes without which it can't go on; 0: it goes on.
+        asked: when this was last told for a request that waits, by the machine's monotonic clock; 0: none waits.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Hold:
     reserved: int
     charged: int
     wanted: int
+    asked: float = 0.0
 
 
 Asked = tuple[str, float, float, float]
@@ -230,12 +232,12 @@ class Book:
 
     def holds(self) -> list[Hold]:
         """Return all that is set aside, by any process."""
-        found = self._sql("SELECT id, owner, source, model, reserved, charged, wanted FROM holds")
+        found = self._sql("SELECT id, owner, source, model, reserved, charged, wanted, asked FROM holds")
         return [Hold(*at) for at in found]
 
     def hold(self, hold: Hold) -> None:
         """Set bytes aside, or more or fewer of them."""
-        self._sql("INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?)", attrs.astuple(hold))
+        self._sql("INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?)", attrs.astuple(hold))
 
     def let_go(self, ids: Iterable[str]) -> None:
         """Set bytes aside no longer."""

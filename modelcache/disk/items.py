@@ -207,6 +207,7 @@ class Others:
         sharing: whether another process has some, or wants some.
         moving: whether one of these may go on without getting more.
         wanted: bytes without which others can't go on.
+        pressed: whether a request in another process lacks some of these.
     """
 
     reserved: int = 0
@@ -214,3 +215,4 @@ class Others:
     sharing: bool = False
     moving: bool = False
     wanted: int = 0
+    pressed: bool = False

@@ -59,6 +59,16 @@ def too_large(model: str, need: int, beside: int, budget: int) -> TooLarge:
     )
 
 
+def not_deleted(model: str, path: Path) -> AccessDenied:
+    """Return the error for a model that is to be removed from a folder that can only be read."""
+    return AccessDenied(
+        f"model {model!a} can't be deleted from disk folder {path}, which can only be read: "
+        "delete it as a user who may write to it",
+        model=model,
+        source=str(path),
+    )
+
+
 def read_only(model: str, path: Path) -> AccessDenied:
     """Return the error for a model that would have to be fetched into a folder that can only be read."""
     return AccessDenied(

@@ -152,6 +152,8 @@ class DiskRoom:
             if granted and staging is not None:
                 staging.wanted = 0
                 self._agreed.hold(book, staging, staging.reserved + amount)
+            elif staging is not None and staging.wanted:
+                self._agreed.hold(book, staging, staging.reserved)  # whether a request waits for it may have changed
             return _Decision(shortage, granted, list(victims), told, grounds)
 
         check = None if staging is None else functools.partial(self._check, staging)
@@ -179,8 +181,9 @@ class DiskRoom:
         return [model for model in self._index.pinned() if model not in spared]
 
     def _behind(self, staging: Staging) -> bool:
-        """Whether a request lacks room, and this is for none; the guard is held."""
-        return self._index.pressed() and not staging.wish.urgent and not staging.wish.nested
+        """Whether a request lacks room, here or elsewhere, and this is for none; the guard is held."""
+        pressed = self._index.pressed() or self._index.others.pressed
+        return pressed and not staging.wish.urgent and not staging.wish.nested
 
     def _wait(self, staging: Staging, amount: int, decision: _Decision) -> None:
         """Wait for something to change.

@@ -16,7 +16,7 @@ from modelcache.disk.items import RECHECK, Item, Wish
 from modelcache.disk.ledger import OPENING, patience
 from modelcache.disk.opening import told, warn_of_budgets
 from modelcache.disk.pins import Pin
-from modelcache.disk.refusals import read_only
+from modelcache.disk.refusals import not_deleted
 from modelcache.disk.removing import Remover
 from modelcache.disk.states import State
 from modelcache.disk.sweeping import reconcile, sweep
@@ -111,7 +111,7 @@ class Shelf:
                 self._unpinned(item)
                 raise
             if pin is not None and sound:
-                self._agreed.touched(item)
+                self._agreed.touched(item, asked=missed)
                 return Held(item, self._store.folder(item.name), pin)
             self._lost(item, pin)
 
@@ -192,7 +192,7 @@ class Shelf:
     def delete(self, model: str) -> bool:
         """Remove all versions of a model's artifact, pinned ones with their last pin; return whether all is gone."""
         if not self._store.writable:
-            raise read_only(model, self._store.path)
+            raise not_deleted(model, self._store.path)
         self._agreed.look()
         with self._guard:
             items = self.index.of(model)

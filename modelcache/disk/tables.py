@@ -3,7 +3,7 @@
 import secrets
 import sqlite3
 
-VERSION = 2
+VERSION = 3
 """Of the tables; a ledger with another one is made anew from the folders."""
 
 SCHEMA = """
@@ -18,7 +18,8 @@ CREATE TABLE artifacts(
 CREATE INDEX changes ON artifacts(seq) WHERE seq IS NOT NULL;
 CREATE INDEX moving ON artifacts(owner) WHERE owner IS NOT NULL;
 CREATE TABLE holds(
-    id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT, reserved INTEGER, charged INTEGER, wanted INTEGER
+    id TEXT PRIMARY KEY, owner TEXT, source TEXT, model TEXT,
+    reserved INTEGER, charged INTEGER, wanted INTEGER, asked REAL
 ) WITHOUT ROWID;
 CREATE TABLE requests(
     source TEXT, model TEXT, n REAL, first REAL, last REAL, seq INTEGER, PRIMARY KEY (source, model)

@@ -896,6 +896,8 @@ def test_read_only_cache_learns_what_is_published_later(mounted: Path, tmp_path:
             assert on_disk(reader) == ["a"]
             with pytest.raises(AccessDenied, match="only be read"):
                 reader.get("b")
+            with pytest.raises(AccessDenied, match="can't be deleted"):
+                reader.delete("a")
             bring(writer, "b")
             assert reader.get("b") == "artifact"
             assert reader.unload("b")

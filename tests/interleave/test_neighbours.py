@@ -1,0 +1,128 @@
+"""What one process does with a shared folder, as another one sees it: prefetches, refreshes, requests and policies."""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelcache import DiskTier, ModelCache
+from modelcache.policies import Resident
+from tests.support.fakes import DictSource, tar
+from tests.support.racing import Call, allocated, small_cache
+from tests.support.waiting import Gate, eventually
+
+SIZE = 40_000
+
+
+def test_bytes_that_another_process_brings_need_not_come(tmp_path: Path) -> None:
+    """A prefetch of what another process is just fetching is over when that one has it, with no byte left to come."""
+    theirs = DictSource().add("a", size=SIZE)
+    theirs.gate = gate = Gate()
+    with small_cache(tmp_path, theirs) as one, small_cache(tmp_path, DictSource().add("a", size=SIZE)) as two:
+        fetching = Call(one.get, "a")
+        gate.wait()
+        handle = two.prefetch(["a"], tier="disk")
+        assert eventually(lambda: handle.progress.bytes_total)
+        gate.open()
+        assert handle.wait(10)
+        progress = handle.progress
+        assert (progress.bytes, progress.bytes_total, progress.left) == (0, 0, 0)
+        assert fetching.result().name == "a"
+
+
+def test_what_others_have_done_is_known_to_all_verbs(tmp_path: Path) -> None:
+    """A model that another process has removed is prefetched, one that it has brought is refreshed, and explained."""
+    source = DictSource().add("a", "b", size=SIZE)
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source) as two:
+        one.prefetch(["a"], tier="disk").wait(10)
+        assert [row.model for row in two.models()] == ["a"]
+        assert one.delete("a")
+        assert two.prefetch(["a"], tier="disk").wait(10)
+        assert [row.model for row in one.models()] == ["a"]
+        assert one.delete("a")
+        assert "neither in memory nor on disk" in two.explain("a")
+        one.prefetch(["b"], tier="disk").wait(10)
+        source.artifacts["b"] = tar({"model.txt": b"b".ljust(SIZE, b"\1")})
+        assert two.refresh("b")
+
+
+def test_artifact_that_is_about_to_be_let_go_of_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefetch of more than fits fails for no model since another one, just fetched, is still held for a moment."""
+    source = DictSource().add("a", "b", size=SIZE)
+    with small_cache(tmp_path, source, loaders=4, disk={"budget": 3 * SIZE // 2 + 16_384}) as cache:
+        gate, release = Gate(), cache._parts.shelf.release
+
+        def late(held: Any) -> None:
+            gate()
+            release(held)
+
+        monkeypatch.setattr(cache._parts.shelf, "release", late)
+        first = cache.prefetch(["a"], tier="disk")
+        gate.wait()
+        second = cache.prefetch(["b"], tier="disk")
+        flights = cache._parts.flights
+        assert eventually(lambda: flights.active["b"].refusal)
+        gate.open()
+        assert second.wait(10)
+        assert not second.errors
+        assert first.wait(10)
+        assert [row.model for row in cache.models()] == ["b"]
+
+
+def test_request_goes_before_prefetches_of_another_process(tmp_path: Path) -> None:
+    """One that lacks room gets it, though another process has very many models to bring in where only one fits."""
+    names = [f"m{number}" for number in range(400)]
+    mine, theirs = DictSource().add("a", size=SIZE), DictSource().add(*names, size=SIZE)
+    budget = {"budget": 3 * SIZE // 2 + 16_384}
+    with small_cache(tmp_path, theirs, disk=budget) as one, small_cache(tmp_path, mine, disk=budget) as two:
+        handle = one.prefetch(names, tier="disk")
+        eventually(lambda: theirs.opens)
+        assert two.get("a", timeout=20).name == "a"
+        assert "queued" in handle.states.values()
+        handle.cancel()
+        handle.wait(10)
+        assert two.stats().disk_used == allocated(tmp_path / "disk") <= budget["budget"]
+
+
+class Listening:
+    """A policy that notes what it is told of."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def requested(self, model: str, clock: int) -> None:
+        """Note a request."""
+        self.heard.append(model)
+
+    def admitted(self, resident: Resident) -> None:
+        """Do nothing."""
+
+    def removed(self, model: str) -> None:
+        """Do nothing."""
+
+    def victims(self, need: int, allowed: Collection[str] | Mapping[str, object]) -> Iterator[str]:
+        """Return all that may go."""
+        return iter(list(allowed))
+
+
+def test_policy_hears_of_lookups_in_other_processes_only(tmp_path: Path) -> None:
+    """A look for a new version, or a prefetch, by another process is no use of an artifact."""
+    source, policy = DictSource().add("a", "b", size=SIZE), Listening()
+
+    def hear(cache: ModelCache[Any]) -> list[str]:
+        other.disk.min_free += 4096  # a transaction, which tells of all uses
+        cache.models()
+        heard, policy.heard = policy.heard, []
+        return heard
+
+    with small_cache(tmp_path, source) as other:
+        other.prefetch(["a", "b"], tier="disk").wait(10)
+        tier = DiskTier(tmp_path / "disk", min_free=0, policy=policy)
+        with ModelCache(source, lambda path: path.name, disk=tier) as cache:
+            hear(cache)
+            assert not other.refresh("a")
+            other.prefetch(["b"]).wait(10)
+            assert hear(cache) == []
+            assert other.get("a").name == "a"
+            assert hear(cache) == ["a"]

@@ -135,7 +135,7 @@ class ArtifactCorrupt(ModelCacheError):
 
 
 class UnsafeArtifact(ModelCacheError):
-    """An archive that would write outside its folder, make a device, or unpack past a limit.
+    """An archive or folder that would write outside its folder, make a device, or go past a limit of archives.
 
     Attributes:
         member: name of the offending member.

@@ -52,7 +52,7 @@ class Reason(enum.StrEnum):
     PREFETCH = "prefetch"
     """Somebody called ``prefetch()``."""
     REFRESH = "refresh"
-    """Somebody called ``refresh()``, or ``revalidate_after`` seconds were over; there is a new version."""
+    """Somebody called ``refresh()``, or ``revalidate_after`` seconds were over."""
     FUTILE = "evicting does not help"
     """What batches of evictions freed was far less than they promised."""
     OLD_LEASE = "old lease"
@@ -222,6 +222,8 @@ class Missed(Event):
 @attrs.frozen(kw_only=True, str=False)
 class Failed(Event):
     """A fetch or load ended in an error, which all waiters got; most are remembered for ``retry_after``.
+
+    Or, with the reason ``DAMAGED``, an artifact on disk was not as it was published: it is fetched again.
 
     Attributes:
         error: class name of the error.

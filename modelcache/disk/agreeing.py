@@ -242,6 +242,13 @@ class Agreement:
             size = self._index.debris.setdefault(folder, size)
         book.hold(Hold(folder.name, self._store.owner, "", "", size, size, 0))
 
+    def miss(self, book: Book, name: str) -> None:
+        """Say that a folder is not there: it is gone, or somebody has moved it aside, who says when it is."""
+        workshop = self._store.workshop
+        with self._guard:
+            left = workshop.aside(name) in self._index.debris  # which counts by itself
+        book.missing(name, None if left else workshop.taker(name))
+
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""
         owner = self._store.owner if state in {State.LEAVING, State.ARRIVING} else None

@@ -62,8 +62,7 @@ class _Occupied(sqlite3.OperationalError):
 class Ledger:
     """Runs transactions.
 
-    Concurrency: any thread; one transaction at a time in a process. A decision may take the cache's guard inside; who
-    holds the guard never comes here.
+    Concurrency: any thread, never with the guard held, which a decision may take; one transaction at a time.
 
     Args:
         path: the file; None: in memory, for a folder that can only be read.
@@ -71,7 +70,7 @@ class Ledger:
         fill: writes what is known from the folders into a new ledger.
 
     Attributes:
-        undo: is called where a transaction that writes has failed, before the next one begins.
+        undo: is called where a transaction that writes has begun and failed, or may have, before another one begins.
     """
 
     def __init__(self, path: Path | None, mode: int, fill: Callable[[Book], None]) -> None:
@@ -159,17 +158,18 @@ class Ledger:
             connection = self._connect()
         finally:
             seen[0] = self._file
-        book = Book(connection)
+        book: Book | None = None
         try:
             connection.execute(begin)  # an interrupt may come right after it
+            book = Book(connection)
             result = decide(book)
             connection.execute("COMMIT")
-            if self._path is not None and self._file != identity(self._path):
+            if self._path is not None and self._connection is connection and self._file != identity(self._path):
                 raise _Occupied("removed meanwhile")  # noqa: TRY301 - nobody will ever see this
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
-            if begin != "BEGIN":
+            if book is not None and begin != "BEGIN":
                 self.undo(book, error)
             if self._connection is not connection:  # a signal handler has forked: nothing of this is in the file
                 raise _Occupied("closed by a fork") from None
@@ -283,7 +283,7 @@ class Ledger:
         """
         if not self._lock.acquire(timeout=_AT_FORK if guarded else -1):
             for _ in range(_BREAKS):
-                self._disconnect()  # where it did not wait for the guard, it fails with the next statement, and lets go
+                self._disconnect()  # its next statement fails; it lets go unless it waits for the guard then
                 if self._lock.acquire(timeout=_PAUSE):
                     break
         self._disconnect()

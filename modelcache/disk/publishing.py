@@ -234,7 +234,7 @@ class Publisher:
             book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)
         self._agreed.learn(book)
         with self._guard:
-            old = [at for at in self._index.of(item.model) if at.name != item.name]
+            old = [at for at in self._index.of(item.model) if at.name != item.name and at.fetched <= item.fetched]
         if not late:
             return self._agreed.doom(book, old)
         book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)

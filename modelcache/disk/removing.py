@@ -87,13 +87,19 @@ class Remover:
 
     def _leave(self, book: Book, due: Collection[Item]) -> None:
         self._agreed.learn(book)
-        mine = {name for name, state in book.owned(self._store.owner) if state in REMOVING}
+        theirs = self._theirs(book)
         with self._guard:
-            mine -= {item.name for others in self._duties if others is not due for item in others}
-            known = [self._index.items.get(item.name, item) for item in due if item.name in mine]
+            theirs |= {item.name for others in self._duties if others is not due for item in others}
+            known = [self._index.items.get(item.name, item) for item in due if item.name not in theirs]
+            known = [item for item in known if item.state in REMOVING]
             for item in known:
                 self._index.become(item, State.DOOMED)
         self._agreed.mark(book, known, State.DOOMED)
+
+    def _theirs(self, book: Book) -> set[str]:
+        """Return what other processes bring or remove; one that has lost its temporary folder has another name now."""
+        others = self._store.workshop.all() - {self._store.owner}
+        return {name for owner in others for name, _ in book.owned(owner)}
 
     def drop(
         self, items: Iterable[Item], check: Callable[[], None] | None = None
@@ -153,14 +159,14 @@ class Remover:
         self._agreed.learn(book)
         outcome.look()
         book.let_go(outcome.gone)  # by its name a ledger that was made anew meanwhile knows it
-        mine = {name for name, state in book.owned(self._store.owner) if state in REMOVING}
-        fates = {item: State.DOOMED if item.state is State.EXPELLED else item.was for item in outcome.kept}
-        fates = {item: fate for item, fate in fates.items() if item.name in mine}  # else somebody said otherwise
+        theirs = self._theirs(book) if outcome.kept else set()
+        stay = [item for item in outcome.kept if item.state in REMOVING and item.name not in theirs]  # else said so
+        fates = {item: State.DOOMED if item.state is State.EXPELLED else item.was for item in stay}
         for fate in {*fates.values()}:
             self._agreed.mark(book, [item for item in fates if fates[item] is fate], fate)
         book.gone(item.name for item in items if item not in outcome.kept and item not in outcome.missing)
         for item in outcome.missing:
-            book.missing(item.name, self._store.workshop.taker(item.name))
+            self._agreed.miss(book, item.name)
         with self._guard:
             for item in items:
                 if item in outcome.kept:

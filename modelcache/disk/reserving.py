@@ -113,7 +113,7 @@ class DiskRoom:
                 )
             ):
                 self._wait(staging, amount, decision)
-                swept = not self._index.others.sharing
+                swept = not (self._index.others.sharing or self._index.moving())  # else by one that has died since
 
     def _evict(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
         """Set the bytes aside, or have just enough go, where that may be."""

@@ -162,7 +162,7 @@ class Shelf:
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
         if item.state in {State.PRESENT, State.DOOMED}:  # else who removes it says when its bytes are gone
-            book.missing(item.name, self._store.workshop.taker(item.name))
+            self._agreed.miss(book, item.name)
             self._agreed.learn(book)
 
     def release(self, held: Held) -> None:

@@ -6,6 +6,7 @@ Folders of live processes are left alone: each has its own temporary folder lock
 import contextlib
 import functools
 import logging
+import secrets
 from collections.abc import Mapping
 
 import attrs
@@ -13,7 +14,7 @@ import attrs
 from modelcache.disk.book import Book, Hold
 from modelcache.disk.items import Item
 from modelcache.disk.layout import is_published
-from modelcache.disk.ledger import patience
+from modelcache.disk.ledger import OPENING, patience
 from modelcache.disk.published import Published
 from modelcache.disk.states import State
 from modelcache.disk.store import Store
@@ -67,13 +68,15 @@ def _clear(store: Store, name: str) -> None:
     _log.warning("%s in %s is damaged: removed, to be fetched again", name, store.path)
     try:
         aside, size = store.workshop.aside(name), store.taken(name)
-        hold = Hold(aside.name, store.owner, "", "", size, size, 0)
+        hold = Hold(secrets.token_hex(8), store.owner, "", "", size, size, 0)
         store.ledger.change(lambda book: book.hold(hold), patience())  # nobody has counted it yet
-        with contextlib.suppress(FileNotFoundError):  # another one that starts has removed it
+        ids = [hold.id]
+        with contextlib.suppress(FileNotFoundError):  # another one that starts removes it
             moved = store.remove(name, aside)
             if moved is None or not store.discard(moved):
                 return  # it counts until this process ends
-        store.ledger.change(lambda book: book.let_go([aside.name]), patience())
+            ids.append(moved.name)  # as a ledger that was made anew meanwhile has it
+        store.ledger.change(lambda book: book.let_go(ids), patience(OPENING))
     except OSError as error:
         _log.warning("%s can't be removed (%s): look at its owner and mode", name, error)
 

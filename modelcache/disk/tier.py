@@ -34,11 +34,12 @@ class DiskTier:
         min_free: bytes that a fetch must leave free on the file system, for others: an int, a string with a
             unit, or a percentage of the file system. 0 switches the guard off.
         policy: ``"worth"`` (allocated bytes, fetch seconds and frequency), ``"lru"``, ``"lfu"``, ``"fifo"``, or a
-            ``policies.Policy``. It is told of memory misses only.
-        mode: permissions of the folders made here; files get the same without the execute bits.
+            ``policies.Policy``. It is told of memory misses only, in any process.
+        mode: permissions of the folders made here; files get the same without the execute bits,
+            but for those in an archive that are executable.
         verify: when an artifact's files are read in full and compared with the digest stored at their publication:
-            ``"first_use"`` in each process, ``"always"`` before each load, or ``"never"``. What is damaged is
-            removed, told by a ``Failed`` event with reason ``DAMAGED``, and fetched again.
+            ``"first_use"`` in each process but that which fetched it, ``"always"`` before each load, or ``"never"``.
+            What is damaged is removed, told by a ``Failed`` event with reason ``DAMAGED``, and fetched again.
         keep_files: whether a model in memory keeps its artifact on disk, as it may have mapped it. False: your loaders
             read all at once, so the artifact may be evicted as soon as the model is loaded, and room goes to others.
 

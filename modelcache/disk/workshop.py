@@ -113,9 +113,8 @@ class Workshop:
         return self.folder() / name[-_TOLD_APART:]
 
     def taker(self, name: str) -> str | None:
-        """Return the other process that has moved a published folder aside, if one has."""
-        others = (at for at in _listed(self._root) if at != self._folder)
-        return next((at.name for at in others if os.path.lexists(at / name[-_TOLD_APART:])), None)
+        """Return the process that has moved a published folder aside, if one has."""
+        return next((at.name for at in _listed(self._root) if os.path.lexists(at / name[-_TOLD_APART:])), None)
 
     def under_way(self) -> Iterator[Hold]:
         """Yield what is to be set aside for what all processes stage and remove, as their folders tell.

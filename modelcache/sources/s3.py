@@ -107,7 +107,8 @@ class S3Source:
     def find(self, model: str) -> Artifact:
         """Return the present version of a model's artifact.
 
-        One HeadObject for each key that may hold it, then, for a prefix, one ListObjectsV2 for 1,000 objects.
+        One HeadObject for each key that may hold it, two more for an object that was uploaded in parts, then, for a
+        prefix, one ListObjectsV2 for 1,000 objects.
 
         Raises:
             ModelNotFound: there is no such object or prefix, or no such version of it.

@@ -1,6 +1,8 @@
 """Whatever comes between two steps, what lies on disk is counted, and what is counted lies there."""
 
 import contextlib
+import functools
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -10,8 +12,12 @@ from typing import Any
 import pytest
 
 from modelcache import ModelCache
+from modelcache.disk.book import Book
 from modelcache.disk.layout import RECORD
+from modelcache.disk.ledger import patience
+from modelcache.disk.states import State
 from modelcache.disk.store import Store
+from modelcache.disk.sweeping import sweep
 from tests.support.fakes import DictSource, tar
 from tests.support.racing import Call, allocated, small_cache
 from tests.support.waiting import Gate, eventually
@@ -382,3 +388,190 @@ def test_publication_that_can_not_be_taken_back(tmp_path: Path, monkeypatch: pyt
         assert counted(tmp_path) == cache.stats().disk_used == allocated(tmp_path / "disk") > SIZE
         press(cache)
         assert counted(tmp_path) == allocated(tmp_path / "disk") == 0
+
+
+def test_busy_ledger_is_no_reason_to_read_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process is in the middle of a change, what is known stays known: else that would never end."""
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE)) as cache:
+        cache.prefetch(["a"], tier="disk").wait(10)
+        whole, changes = list[bool](), Book.changes
+
+        def noting(book: Book, *arguments: Any) -> Any:
+            found = changes(book, *arguments)
+            whole.append(found[2])
+            return found
+
+        monkeypatch.setattr(Book, "changes", noting)
+        connection = sqlite3.connect(tmp_path / "disk" / "ledger.sqlite3", isolation_level=None)
+        with contextlib.closing(connection):
+            connection.execute("BEGIN IMMEDIATE")
+            tried, check = Gate(), patience(10)
+
+            def waiting() -> None:
+                tried()
+                check()
+
+            change = cache._parts.shelf._agreed.change
+            changing = Call(change, cache._parts.shelf._agreed.learn, waiting)
+            tried.wait()
+            connection.execute("ROLLBACK")
+            tried.open()
+            changing.result()
+        assert whole
+        assert not any(whole)
+
+
+@pytest.mark.parametrize("moment", ["before it is moved", "once it was found to be read"])
+def test_temporary_folders_are_removed_in_the_middle_of_an_eviction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What was to go, and stays, is nobody's again, though this process has another name by then."""
+    source = DictSource().add("a", "b", size=SIZE)
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source) as two:
+        one.prefetch(["a"], tier="disk").wait(10)
+        store, read_there = one.disk.store, moment != "before it is moved"
+        lease = two.lease("a")
+        if read_there:
+            lease.acquire()
+        remove = store.remove
+
+        def removing(*arguments: Any) -> Any:
+            monkeypatch.setattr(store, "remove", remove)
+            if not read_there:
+                shutil.rmtree(tmp_path / "disk" / "tmp")
+            found = remove(*arguments)
+            shutil.rmtree(tmp_path / "disk" / "tmp")
+            return found
+
+        monkeypatch.setattr(store, "remove", removing)
+        press(one)
+        assert [row.model for row in one.models()] == ["a"]
+        assert counted(tmp_path) == allocated(tmp_path / "disk") > SIZE
+        if read_there:
+            lease.release()
+            two.unload("a")
+        assert two.delete("a")
+        assert counted(tmp_path) == allocated(tmp_path / "disk") == 0
+
+
+class Forking(sqlite3.Connection):
+    """A connection after whose next change the process forks, as a signal handler may."""
+
+    armed = writes = False
+
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        """Run a statement."""
+        found = super().execute(sql, *arguments)
+        if sql.startswith("BEGIN"):
+            self.writes = sql != "BEGIN"
+        if sql == "COMMIT" and self.writes and Forking.armed:
+            Forking.armed = False
+            child = os.fork()
+            if not child:
+                os._exit(0)
+            os.waitpid(child, 0)
+        return found
+
+
+def test_handler_forks_just_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that is in the ledger is not made again, though the file was closed and opened for the fork."""
+    monkeypatch.setattr("modelcache.disk.ledger.sqlite3.connect", functools.partial(sqlite3.connect, factory=Forking))
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE)) as cache:
+        cache.prefetch(["a"], tier="disk").wait(10)
+        Forking.armed = True
+        assert cache.delete("a")
+        assert not Forking.armed
+        assert counted(tmp_path) == allocated(tmp_path / "disk") == 0
+
+
+def test_two_starts_clear_one_folder_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one, which finds it gone, leaves what the first one still deletes to that one."""
+    source = DictSource().add("a", size=SIZE)
+    with small_cache(tmp_path, source) as cache:
+        cache.prefetch(["a"], tier="disk").wait(10)
+    (record,) = (tmp_path / "disk" / "models").glob(f"*/{RECORD}")
+    record.write_text("{}")
+    (tmp_path / "disk" / "ledger.sqlite3").unlink()
+    reading, deleting, late = Gate(), Gate(), list[Store]()
+    taken, discard = Store.taken, Store.discard
+
+    def slowly(store: Store, name: str) -> int:
+        size = taken(store, name)
+        late.append(store)
+        if late[0] is store:
+            reading()
+        return size
+
+    def slower(store: Store, folder: Path) -> bool:
+        deleting()
+        return discard(store, folder)
+
+    monkeypatch.setattr(Store, "taken", slowly)
+    monkeypatch.setattr(Store, "discard", slower)
+    second = Call(small_cache, tmp_path, source)
+    reading.wait()
+    first = Call(small_cache, tmp_path, source)
+    deleting.wait()
+    reading.open()
+    with second.result():
+        assert counted(tmp_path) == allocated(tmp_path / "disk") > SIZE
+        deleting.open()
+        with first.result():
+            assert counted(tmp_path) == allocated(tmp_path / "disk") == 0
+
+
+def test_late_publication_removes_no_newer_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who tells of what it has published only after another process has replaced that, leaves the newer one alone."""
+    source = DictSource().add("a", size=SIZE)
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source) as two:
+        gate, publish = Gate(), one.disk.store.publish
+
+        def slowly(*arguments: Any) -> None:
+            publish(*arguments)
+            gate()
+
+        monkeypatch.setattr(one.disk.store, "publish", slowly)
+        handle = one.prefetch(["a"], tier="disk")
+        gate.wait()
+        lose_ledger(tmp_path, two)
+        source.artifacts["a"] = tar({"model.txt": b"a".ljust(SIZE, b"\1")})
+        assert two.refresh("a")
+        gate.open()
+        handle.wait(10)
+        assert [row.model for row in one.models()] == ["a"]
+        assert not two.refresh("a")
+
+
+def test_own_thread_is_known_to_move_a_folder_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another thread of this process has moved aside counts, though the new ledger does not know of it."""
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE)) as one:
+        one.prefetch(["a"], tier="disk").wait(10)
+        moving, deleting = gated(monkeypatch, one, "remove"), gated(monkeypatch, one, "discard")
+        removing = Call(one.delete, "a")
+        moving.wait()
+        lose_ledger(tmp_path, one)
+        moving.open()
+        deleting.wait()
+        read(one)
+        assert counted(tmp_path) >= allocated(tmp_path / "disk") > SIZE
+        deleting.open()
+        removing.error()
+        assert counted(tmp_path) == allocated(tmp_path / "disk") > SIZE
+
+
+def test_what_a_process_was_removing_when_it_died_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the room finds out also where the other one dies only after it was looked for."""
+    source = DictSource().add("a", "b", size=SIZE)
+    with small_cache(tmp_path, source, disk={"budget": 2 * SIZE}) as cache:
+        cache.prefetch(["a"], tier="disk").wait(10)
+        sweeps = list[int]()
+
+        def dying(store: Store) -> None:
+            sweep(store)
+            sweeps.append(1)
+            if len(sweeps) == 1:
+                store.ledger.change(lambda book: book.mark(book.names(), State.LEAVING, "0123456789abcdef"))
+
+        monkeypatch.setattr("modelcache.disk.reserving.sweep", dying)
+        assert cache.get("b", timeout=20).name == "b"
+        assert counted(tmp_path) == allocated(tmp_path / "disk")

@@ -244,10 +244,10 @@ class Agreement:
 
     def miss(self, book: Book, name: str) -> None:
         """Say that a folder is not there: it is gone, or somebody has moved it aside, who says when it is."""
-        workshop = self._store.workshop
+        aside = self._store.workshop.aside(name)
         with self._guard:
-            left = workshop.aside(name) in self._index.debris  # which counts by itself
-        book.missing(name, None if left else workshop.taker(name))
+            left = aside in self._index.debris  # which counts by itself
+        book.missing(name, None if left else self._store.workshop.taker(name))
 
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""

@@ -84,7 +84,7 @@ def write(root: Path, numbers: range) -> None:
         fetched = now - 1e6 + number
         record = Record(_name(number), url, f"version-{number}", "weights", 4, fetched, 0.5, size, digest)
         (folder / RECORD).write_text(record.to_json())
-        os.utime(folder, (fetched, fetched))
+        os.utime(folder / RECORD, (fetched, fetched))
 
 
 def _start(root: Path) -> tuple[ModelCache[bytes], float]:

@@ -72,8 +72,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_text(path: str, at: int | None = None) -> str:
-    """Return the text of a small file; fewer calls of the system than ``open``, which looks at what it opens.
+def read_text(path: str) -> str:
+    """Return the text of a small file; see ``read_dated``."""
+    return read_dated(path)[0]
+
+
+def read_dated(path: str, at: int | None = None) -> tuple[str, float]:
+    """Return the text of a small file, and seconds since the epoch of its last change: with few calls of the system.
 
     Args:
         path: of the file.
@@ -85,13 +90,14 @@ def read_text(path: str, at: int | None = None) -> str:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
     try:
+        changed = os.fstat(descriptor).st_mtime
         text = piece = os.read(descriptor, _AT_ONCE)
         while len(piece) == _AT_ONCE:
             piece = os.read(descriptor, _AT_ONCE)
             text += piece
     finally:
         os.close(descriptor)
-    return text.decode()
+    return text.decode(), changed
 
 
 def make_folder(folder: Path, mode: int) -> None:

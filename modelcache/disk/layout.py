@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -150,6 +151,7 @@ def folder_prefix(source: str, model: str) -> str:
     return f"{readable}-{digest}."
 
 
-def is_published(name: str) -> bool:
-    """Whether a name under ``models/`` is one of ours."""
-    return _PUBLISHED.fullmatch(name) is not None
+def published(names: Iterable[str]) -> list[str]:
+    """Return which of the names under ``models/`` are ours."""
+    match = _PUBLISHED.fullmatch
+    return [name for name in names if match(name)]

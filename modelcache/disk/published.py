@@ -5,11 +5,10 @@ What is made of it is ``disk.store``.
 
 import errno
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from modelcache.disk.files import read_text
+from modelcache.disk.files import read_dated
 from modelcache.disk.layout import ARTIFACT, RECORD, Record
 
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -30,7 +29,7 @@ class Published(NamedTuple):
 
 
 def read_records(models: str, names: Iterable[str]) -> Iterator[Published]:
-    """Yield published folders, by their records alone; what is gone, damaged or not ours to trust is passed over.
+    """Yield published folders, by their records alone; what is gone or damaged is passed over.
 
     Raises:
         OSError: this process has no descriptor or memory left to look.
@@ -50,12 +49,12 @@ def read_records(models: str, names: Iterable[str]) -> Iterator[Published]:
 
 def _read_record(folder: str, name: str, at: int | None) -> Published | None:
     try:
-        status = os.stat(folder, dir_fd=at, follow_symlinks=False)
-        record = Record.from_json(read_text(f"{folder}/{RECORD}", at))
+        text, used = read_dated(f"{folder}/{RECORD}", at)
     except (OSError, UnicodeDecodeError) as error:
         raise_short(error)
         return None
-    return Published(name, record, status.st_mtime) if record is not None and stat.S_ISDIR(status.st_mode) else None
+    record = Record.from_json(text)
+    return None if record is None else Published(name, record, used)
 
 
 def read_whole(models: str, name: str) -> Published | None:
@@ -66,7 +65,7 @@ def read_whole(models: str, name: str) -> Published | None:
     """
     folder = f"{models}/{name}"  # a Path would take longer than the system does
     found = _read_record(folder, name, None)
-    if found is None:
+    if found is None or os.path.islink(folder):  # noqa: PTH114 - no Paths
         return None
     single = found.record.single
     there = os.path.lexists(f"{folder}/{ARTIFACT}" + (f"/{single}" if single is not None else ""))

@@ -24,7 +24,7 @@ from modelcache.disk.book import Book, Made
 from modelcache.disk.digests import digest_of
 from modelcache.disk.files import allocated, delete, make_folder, move_aside, sync, sync_tree, taken, unmake
 from modelcache.disk.flocks import FolderPins
-from modelcache.disk.layout import ARTIFACT, RECORD, UNSEALED, Record, is_published
+from modelcache.disk.layout import ARTIFACT, RECORD, UNSEALED, Record, published
 from modelcache.disk.ledger import Ledger
 from modelcache.disk.opening import (
     check_format,
@@ -243,13 +243,13 @@ class Store:
     def _fill(self, book: Book) -> None:
         """Write what lies in the folders into a new ledger; that an artifact is missing is noticed at its first use."""
         listed = self.listed() or []
-        names = sorted(filter(is_published, listed))  # so the tables grow at their end
+        names = sorted(published(listed))  # so the tables grow at their end
         self.made = book.fill(read_records(str(self._models), names))
         self._listed = listed
         for hold in self.workshop.under_way() if self.writable else ():
             book.hold(hold)
         if self.writable and self.changed():  # what was published between the two looks is in neither
-            late = sorted({*filter(is_published, self.listed() or [])}.difference(names))
+            late = sorted({*published(self.listed() or [])}.difference(names))
             book.add(read_records(str(self._models), late), State.PRESENT, None)
             self.made = None
 
@@ -277,7 +277,7 @@ class Store:
         if pin is not None and self.writable:
             with contextlib.suppress(OSError):
                 now = time.time_ns()  # by itself the kernel would take a clock that ticks every 4 ms
-                os.utime(staged or folder, ns=(now, now))  # its recency, where the ledger has to be made anew
+                os.utime(f"{staged or folder}/{RECORD}", ns=(now, now))  # its recency, where the ledger is made anew
         return pin
 
     def remove(self, name: str, aside: Path) -> Path | None:

@@ -13,7 +13,7 @@ import attrs
 
 from modelcache.disk.book import Book, Hold
 from modelcache.disk.items import Item
-from modelcache.disk.layout import is_published
+from modelcache.disk.layout import published
 from modelcache.disk.ledger import OPENING, patience
 from modelcache.disk.published import Published
 from modelcache.disk.states import State
@@ -39,7 +39,7 @@ def reconcile(store: Store, known: Mapping[str, Item]) -> bool:
     if listed is None:
         return False
     strange = [name for name in listed if name not in known]
-    found = {name: store.read(name) for name in strange if is_published(name)}
+    found = {name: store.read(name) for name in published(strange)}
     absent = set(known).difference(listed) if len(listed) - len(strange) < len(known) else set[str]()
     lost = [name for name in absent if known[name].state in {State.PRESENT, State.DOOMED} and not store.exists(name)]
     fresh = [at for at in found.values() if at is not None]

@@ -996,6 +996,7 @@ def test_clock_that_was_wrong(make_cache: MakeCache, source: DictSource, tmp_pat
     for folder in (tmp_path / "disk" / "models").iterdir():
         if folder.name.startswith("a-"):
             later = time.time() + 10**7
-            os.utime(folder, (later, later))
+            os.utime(folder / "record.json", (later, later))
+    (tmp_path / "disk" / "ledger.sqlite3").unlink()
     cache = make_cache(source, disk={"budget": total})
     assert all(row.last_used < time.time() + 60 for row in cache.models())

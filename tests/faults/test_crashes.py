@@ -273,11 +273,11 @@ def test_f047_clock_from_the_future(tmp_path: Path, number: int) -> None:
     with small_cache(tmp_path, source) as cache:
         cache.prefetch(["a", "b", "c"], tier="disk").wait(10)
     folders = sorted((tmp_path / "disk" / "models").iterdir())
-    os.utime(folders[number], (future, future))
+    os.utime(folders[number] / "record.json", (future, future))
     record = folders[number] / "record.json"
     fields = json.loads(record.read_text())
     record.write_text(json.dumps({**fields, "fetched": float(future)}))
-    os.utime(folders[number], (future, future))
+    os.utime(folders[number] / "record.json", (future, future))
     future_model = fields["model"]
     with small_cache(tmp_path, source, disk={"policy": "lru"}) as cache:  # "worth" weighs fetch seconds, too
         assert {model.model for model in cache.models()} == {"a", "b", "c"}

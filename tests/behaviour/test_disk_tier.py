@@ -365,7 +365,9 @@ def remember_fetches(cache: ModelCache[Any], **seconds: float) -> None:
     """Write into the records how long the fetch of each model took."""
     for path in (cache.disk.path / "models").glob("*/record.json"):
         record = json.loads(path.read_text())
+        used = path.stat().st_mtime_ns
         path.write_text(json.dumps(record | {"fetch_seconds": seconds[record["model"]]}))
+        os.utime(path, ns=(used, used))
     for path in cache.disk.path.glob("ledger*"):
         path.unlink()  # to be made anew from the records
 

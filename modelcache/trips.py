@@ -79,10 +79,11 @@ class Trip(Generic[T]):
     def relieved(self) -> bool:
         """Whether somebody is about to let go of files.
 
-        A flight that has just landed, a model whose unload runs on a thread that does not wait for this, or a prefetch
-        that waits for room in memory.
+        A flight to disk that has just landed, a model whose unload runs on a thread that does not wait for this, or a
+        prefetch that waits for room in memory.
         """
-        if any(flight.landed for flight in self._flights.parting):
+        landed = [flight for flight in self._flights.parting if flight.landed and flight.entry is None]
+        if any(flight.thread not in self.threads() for flight in landed):
             return True
         if any(entry.keeps is not None and entry.retirer not in self.threads() for entry in self._residents.leaving):
             return True

@@ -111,11 +111,11 @@ class Agreement:
         self._look_at_folder()
         self._store.ledger.look(self._catch_up, check)
 
-    def look_at_others(self) -> None:
+    def look_at_others(self, check: Callable[[], None] | None = None) -> None:
         """Learn what other processes have changed, have set aside and wait for."""
         self._refuse_nesting()
         self._look_at_folder()
-        self._store.ledger.look(self._look)
+        self._store.ledger.look(self._look, check)
 
     def _look_at_folder(self) -> None:
         """Find what others have published or removed where they can't say so: in a folder that can only be read."""
@@ -232,8 +232,24 @@ class Agreement:
             asked = time.monotonic() if staging.wanted and staging.wish.urgent else 0.0
         book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.wanted, asked))
         with self._guard:
+            staging.asked = asked
             book.undo.append(functools.partial(staging.note, staging.reserved, staging.told))
             staging.note(reserved, charged)
+        self.count(book)
+
+    def ask(self, book: Book, staging: Staging) -> None:
+        """Tell again whether a request waits for what a staging wants, where that has changed, or was told long ago."""
+        with self._guard:
+            urgent = staging.wish.urgent
+        if urgent != (staging.asked > 0) or (urgent and time.monotonic() - staging.asked >= RECHECK):
+            self.hold(book, staging, staging.reserved)
+
+    def withdraw(self, book: Book, staging: Staging) -> None:
+        """Have others know nothing of a staging for which nothing is set aside."""
+        book.let_go([staging.id])
+        with self._guard:
+            book.undo.append(functools.partial(setattr, staging, "listed", staging.listed))
+            staging.listed, staging.wanted = False, 0
         self.count(book)
 
     def leave(self, book: Book, folder: Path, size: int) -> None:
@@ -242,35 +258,10 @@ class Agreement:
             size = self._index.debris.setdefault(folder, size)
         book.hold(Hold(folder.name, self._store.owner, "", "", size, size, 0))
 
-    def miss(self, book: Book, name: str) -> None:
-        """Say that a folder is not there: it is gone, or somebody has moved it aside, who says when it is."""
-        aside = self._store.workshop.aside(name)
-        with self._guard:
-            left = aside in self._index.debris  # which counts by itself
-        book.missing(name, None if left else self._store.workshop.taker(name))
-
     def mark(self, book: Book, items: Iterable[Item], state: State) -> None:
         """Say what is to become of items."""
         owner = self._store.owner if state in {State.LEAVING, State.ARRIVING} else None
         book.mark([item.name for item in items], state, owner)
-
-    def doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
-        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former.
-
-        What is only arriving is not there yet: its bytes are its owner's.
-        """
-        self.learn(book)
-        with self._guard:
-            begun = [item for item in items if item.state is State.LEAVING]
-            stay = [item for item in items if item.state in {State.PRESENT, State.DOOMED}]
-            due = [item for item in stay if not item.pins]
-            for item in stay:
-                item.was = State.DOOMED  # also where another process reads it
-                self._index.become(item, State.DOOMED if item.pins else State.LEAVING)
-        book.expel(item.name for item in begun)  # or it would stay after all where its remover finds it read
-        self.mark(book, [item for item in stay if item not in due], State.DOOMED)
-        self.mark(book, due, State.LEAVING)
-        return due
 
     def missed(self, model: str) -> None:
         """Book a memory miss, for the policies of all processes; the guard is held."""

@@ -129,6 +129,7 @@ class Staging:
         beside: bytes of the version on disk that stays until this one is published.
         known: name of the folder of that version; empty where there is none.
         lacking: it has asked for room that is not there yet.
+        asked: monotonic time at which others were last told that a request waits for what it wants; 0: none does.
     """
 
     wish: Wish
@@ -144,6 +145,7 @@ class Staging:
     beside: int = 0
     known: str = ""
     lacking: bool = False
+    asked: float = 0.0
 
     def note(self, reserved: int, told: int) -> None:
         """Take note of what the ledger has for it; the guard is held."""

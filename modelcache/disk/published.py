@@ -29,19 +29,21 @@ class Published(NamedTuple):
 
 
 def read_records(models: str, names: Iterable[str]) -> Iterator[Published]:
-    """Yield published folders, by their records alone; what is gone or damaged is passed over.
+    """Yield published folders, by their records alone; what is gone, damaged or a link is passed over.
 
     Raises:
         OSError: this process has no descriptor or memory left to look.
     """
     try:
+        with os.scandir(models) as entries:
+            links = {entry.name for entry in entries if entry.is_symlink()}
         at = os.open(models, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # so the system need not find it for each
     except OSError as error:
         raise_short(error)
         return
     try:
         for name in names:
-            if (found := _read_record(name, name, at)) is not None:
+            if name not in links and (found := _read_record(name, name, at)) is not None:
                 yield found
     finally:
         os.close(at)

@@ -234,9 +234,12 @@ class Publisher:
             book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)
         self._agreed.learn(book)
         with self._guard:
-            old = [at for at in self._index.of(item.model) if at.name != item.name and at.fetched <= item.fetched]
+            others = [at for at in self._index.of(item.model) if at.name != item.name]
+            old = [at for at in others if at.fetched <= item.fetched]
+            if len(old) < len(others):  # another process was faster
+                old.append(self._index.items.get(item.name, item))
         if not late:
-            return self._agreed.doom(book, old)
+            return self._remover.doom(book, old)
         book.mark([at.name for at in old if at.state is State.PRESENT], State.DOOMED, None)
         book.expel(at.name for at in old)
         return []

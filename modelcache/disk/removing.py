@@ -98,8 +98,7 @@ class Remover:
 
     def _theirs(self, book: Book) -> set[str]:
         """Return what other processes bring or remove; one that has lost its temporary folder has another name now."""
-        others = self._store.workshop.all() - {self._store.owner}
-        return {name for owner in others for name, _ in book.owned(owner)}
+        return {name for owner in self._store.workshop.others() for name, _ in book.owned(owner)}
 
     def drop(
         self, items: Iterable[Item], check: Callable[[], None] | None = None
@@ -112,11 +111,36 @@ class Remover:
         with self.duty() as due:
 
             def doom(book: Book) -> list[Item]:
-                due[:] = self._agreed.doom(book, items)
+                due[:] = self.doom(book, items)
                 return list(due)
 
             begun = self._agreed.change(doom, check)
             return begun, self.remove(begun)
+
+    def doom(self, book: Book, items: Iterable[Item]) -> list[Item]:
+        """Begin to remove what nobody reads here, and have the rest go with its last pin; return the former.
+
+        What is only arriving is not there yet: its bytes are its owner's.
+        """
+        self._agreed.learn(book)
+        with self._guard:
+            begun = [item for item in items if item.state is State.LEAVING]
+            stay = [item for item in items if item.state in {State.PRESENT, State.DOOMED}]
+            due = [item for item in stay if not item.pins]
+            for item in stay:
+                item.was = State.DOOMED  # also where another process reads it
+                self._index.become(item, State.DOOMED if item.pins else State.LEAVING)
+        book.expel(item.name for item in begun)  # or it would stay after all where its remover finds it read
+        self._agreed.mark(book, [item for item in stay if item not in due], State.DOOMED)
+        self._agreed.mark(book, due, State.LEAVING)
+        return due
+
+    def miss(self, book: Book, name: str) -> None:
+        """Say that a folder is not there: it is gone, or somebody has moved it aside, who says when it is."""
+        aside = self._store.workshop.aside(name)
+        with self._guard:
+            left = aside in self._index.debris  # which counts by itself
+        book.missing(name, None if left else self._store.workshop.taker(name))
 
     def remove(self, items: Collection[Item]) -> list[Item]:
         """Delete the files of items marked as leaving; return those that another process still reads.
@@ -166,7 +190,7 @@ class Remover:
             self._agreed.mark(book, [item for item in fates if fates[item] is fate], fate)
         book.gone(item.name for item in items if item not in outcome.kept and item not in outcome.missing)
         for item in outcome.missing:
-            self._agreed.miss(book, item.name)
+            self.miss(book, item.name)
         with self._guard:
             for item in items:
                 if item in outcome.kept:

@@ -89,7 +89,7 @@ class DiskRoom:
             Contention: give up, and try again with more.
             OSError: the disk is full, or broken.
         """
-        swept = False
+        swept, looked = False, 0.0
         while True:
             limits = self._read_limits()
             if limits.budget is not None and staging.beside + staging.reserved + amount > limits.budget:
@@ -102,7 +102,7 @@ class DiskRoom:
                 pinned = self._others(staging)
             if not swept:  # what dead processes left goes before anything that can be served
                 sweep(self._store)
-                swept = True
+                swept, looked = True, time.monotonic()
             elif decision.victims:
                 continue
             elif (
@@ -113,7 +113,8 @@ class DiskRoom:
                 )
             ):
                 self._wait(staging, amount, decision)
-                swept = not (self._index.others.sharing or self._index.moving())  # else by one that has died since
+                waits = self._index.others.sharing or self._index.moving()  # perhaps for one that has died since
+                swept = not waits or time.monotonic() < looked + RECHECK
 
     def _evict(self, staging: Staging | None, amount: int, limits: DiskLimits, *, evict: bool) -> _Decision:
         """Set the bytes aside, or have just enough go, where that may be."""
@@ -152,8 +153,10 @@ class DiskRoom:
             if granted and staging is not None:
                 staging.wanted = 0
                 self._agreed.hold(book, staging, staging.reserved + amount)
+            elif staging is not None and behind and staging.listed and not staging.reserved:
+                self._agreed.withdraw(book, staging)  # others neither wait for it, nor for what it wants
             elif staging is not None and staging.wanted:
-                self._agreed.hold(book, staging, staging.reserved)  # whether a request waits for it may have changed
+                self._agreed.ask(book, staging)
             return _Decision(shortage, granted, list(victims), told, grounds)
 
         check = None if staging is None else functools.partial(self._check, staging)
@@ -194,7 +197,9 @@ class DiskRoom:
             Contention: two fetches hold what the other needs.
         """
         wish, shortage = staging.wish, decision.shortage
-        if staging.wanted != amount and (self._index.others.sharing or self._index.read_elsewhere()):
+        with self._guard:
+            behind = self._behind(staging)
+        if not behind and staging.wanted != amount and (self._index.others.sharing or self._index.read_elsewhere()):
             staging.wanted = amount  # or two processes would wait for one another
             self._agreed.change(lambda book: self._agreed.hold(book, staging, staging.reserved))
         with self._guard:
@@ -209,7 +214,7 @@ class DiskRoom:
                     raise Contention(staging.reserved + amount)
                 if behind:
                     staging.waiting = True
-                    self._guard.wait(RECHECK)
+                    self._stand_behind(staging)
                 if behind or shortage.fits or decision.grounds != self._index.grounds():
                     return
                 if shortage.missing > 0 and self._upstairs.idle(self._others(staging)):
@@ -229,6 +234,13 @@ class DiskRoom:
             finally:
                 staging.waiting = False
                 wish.state = state
+
+    def _stand_behind(self, staging: Staging) -> None:
+        """Wait for a moment, or until nothing goes before it any more; the guard is held."""
+        until = time.monotonic() + RECHECK
+        while self._behind(staging) and (left := until - time.monotonic()) > 0:
+            staging.wish.check()
+            self._guard.wait(left)
 
     @staticmethod
     def _rivals(others: Iterable[Staging], wish: Wish) -> bool:

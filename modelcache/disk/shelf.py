@@ -81,7 +81,7 @@ class Shelf:
         """Learn what other processes have changed, where that can be done now; never raises."""
         if not self.busy and not self._guard.busy and not self._closed:  # never the ledger from under the guard
             with contextlib.suppress(OSError):
-                self._agreed.look_at_others()
+                self._agreed.look_at_others(patience())
 
     def open(self, model: str, *, missed: bool = False) -> Held | None:
         """Return the model's artifact, pinned; None where it must be fetched. ``missed``: a lookup waits for it.
@@ -162,7 +162,7 @@ class Shelf:
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
         if item.state in {State.PRESENT, State.DOOMED}:  # else who removes it says when its bytes are gone
-            self._agreed.miss(book, item.name)
+            self._remover.miss(book, item.name)
             self._agreed.learn(book)
 
     def release(self, held: Held) -> None:

@@ -142,6 +142,10 @@ class Workshop:
         """Whether this is no child that was forked and has not used the tier."""
         return self._process == os.getpid()
 
+    def others(self) -> set[str]:
+        """Return the names of other processes' folders, as far as this one can say now."""
+        return {folder.name for folder in _listed(self._root) if folder != self._folder}
+
     def all(self) -> set[str]:
         """Return the names of all processes' folders."""
         self.folder()

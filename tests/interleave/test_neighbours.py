@@ -1,12 +1,16 @@
 """What one process does with a shared folder, as another one sees it: prefetches, refreshes, requests and policies."""
 
+import contextlib
+import fcntl
+import os
+import sqlite3
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelcache import DiskTier, ModelCache
+from modelcache import DiskTier, Loaded, ModelCache, NoRoom
 from modelcache.policies import Resident
 from tests.support.fakes import DictSource, tar
 from tests.support.racing import Call, allocated, small_cache
@@ -126,3 +130,118 @@ def test_policy_hears_of_lookups_in_other_processes_only(tmp_path: Path) -> None
             assert hear(cache) == []
             assert other.get("a").name == "a"
             assert hear(cache) == ["a"]
+
+
+def lacking(cache: ModelCache[Any], model: str) -> bool:
+    """Whether a model waits for room."""
+    flight = cache._parts.flights.active.get(model)
+    return flight is not None and flight.state == "waiting for room"
+
+
+def asks(folder: Path) -> bool:
+    """Whether a request in some process lacks room, as all are told."""
+    with contextlib.closing(sqlite3.connect(folder / "disk" / "ledger.sqlite3")) as connection:
+        (found,) = connection.execute("SELECT count(*) FROM holds WHERE asked > 0").fetchone()
+        return bool(found)
+
+
+def test_prefetch_that_stands_behind_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Behind a request of another process it is no fetch under way for whoever asks for its model, and no rival."""
+    theirs = DictSource().add("first", "small", size=4000)
+    mine = DictSource().add("a", "b", size=SIZE).add("small", size=4000)
+    theirs.gate = gate = Gate()
+    budget = {"budget": 106_000}  # for one large model, and what is small
+    with small_cache(tmp_path, theirs, disk=budget) as one, small_cache(tmp_path, mine, disk=budget) as two:
+        with two.lease("a"):
+            first = one.prefetch(["first"], tier="disk")  # so that there is somebody to be told
+            gate.wait()
+            waiting = Call(two.get, "b", timeout=30)
+            eventually(lambda: asks(tmp_path))
+            behind = one.prefetch(["small"], tier="disk")
+            eventually(lambda: lacking(one, "small"))
+            gate.open()
+            assert first.wait(10)
+            assert two.get("small", timeout=5).name == "small"
+            assert not waiting.over
+        assert waiting.result(20).name == "b"
+        assert behind.wait(10)
+        assert not behind.errors
+        assert mine.opens.count("b") == 1
+
+
+def test_request_that_can_never_fit_does_not_wait_for_prefetches(tmp_path: Path) -> None:
+    """One that only its own lease keeps from room is refused, though another process has more to bring in."""
+    theirs, mine = DictSource().add("c", "d", size=4000), DictSource().add("a", "b", size=SIZE)
+    theirs.gate = gate = Gate()
+    budget = {"budget": 106_000}
+    with small_cache(tmp_path, theirs, loaders=2, disk=budget) as one, small_cache(tmp_path, mine, disk=budget) as two:
+
+        def beside_its_own() -> None:
+            with two.lease("a"):
+                two.get("b", timeout=30)
+
+        prefetch = one.prefetch(["c", "d"], tier="disk")
+        gate.wait()
+        asking = Call(beside_its_own)
+        eventually(lambda: asks(tmp_path))
+        gate.open()
+        assert isinstance(asking.error(15), NoRoom)
+        assert prefetch.wait(10)
+        assert not prefetch.errors
+
+
+def test_request_of_a_callback_is_refused_at_once(tmp_path: Path) -> None:
+    """One that waits, in a callback, for what the very load that calls it has in hand, can only be refused."""
+    with small_cache(tmp_path, DictSource().add("a", "b", size=SIZE), disk={"budget": 76_000}) as cache:
+        refused: list[NoRoom] = []
+
+        def both(event: Loaded) -> None:
+            if event.model == "a":
+                with cache.lease("a"), pytest.raises(NoRoom) as caught:
+                    cache.get("b", timeout=5)
+                refused.append(caught.value)
+
+        cache.on(Loaded, both)
+        assert cache.prefetch(["a"]).wait(10)
+        assert refused
+
+
+def test_child_waits_for_no_flight_of_its_parent(tmp_path: Path) -> None:
+    """What a thread of the parent is about to let go of is nothing that a child could wait for."""
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE)) as cache:
+        gate = Gate()
+        cache.on(Loaded, gate)
+        prefetch = cache.prefetch(["a"])
+        gate.wait()
+        child = os.fork()
+        if not child:
+            os._exit(len(cache._parts.flights.parting))
+        _, status = os.waitpid(child, 0)
+        gate.open()
+        assert prefetch.wait(10)
+        assert status == 0
+
+
+def test_prefetch_returns_while_the_ledger_can_not_be_opened(tmp_path: Path) -> None:
+    """Where a process has stopped while it opens the ledger, no verb waits for it for ever."""
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE)) as cache:
+        cache.get("a")
+        with (tmp_path / "disk" / "ledger.sqlite3.lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            cache.disk.store.ledger.close()
+            prefetch = Call(cache.prefetch, ["a"]).result(8)
+            assert "in memory" in Call(cache.explain, "a").result(8)
+        assert prefetch.wait(10)
+
+
+def test_link_in_place_of_a_model_is_not_taken_in(tmp_path: Path) -> None:
+    """A ledger that is made anew counts no bytes that lie somewhere else."""
+    with small_cache(tmp_path, DictSource().add("a", size=SIZE)) as cache:
+        cache.prefetch(["a"], tier="disk").wait(10)
+        (folder,) = (tmp_path / "disk" / "models").iterdir()
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "disk" / "ledger.sqlite3").unlink()
+        assert cache.stats().disk_used == 0
+        assert cache.models() == []
+        assert cache.get("a").name == "a"

@@ -273,7 +273,10 @@ def test_who_waits_does_not_ring_back_for_ever(worker: Start) -> None:
     assert [one.answer(), two.answer()] == [None, None]
     assert max(one.seconds, two.seconds) < 2 * 2 * interval + 3
     assert one("looks") - before < 50
-    assert len(one("models")) + len(two("models")) == 9
+    gone = [*one("evicted"), *two("evicted")]
+    twice = any(event["used"] > 1000 for event in gone)  # x0 or x1, there already, and not told to be: it counts twice
+    assert len(one("models")) + len(two("models")) == 9 - twice
+    assert len(gone) == 2 + twice
 
 
 def test_process_stopped_in_the_middle_of_a_change(tmp_path: Path, worker: Start) -> None:

@@ -96,7 +96,7 @@ class Fetcher(Generic[T]):
         """Return the artifact on this machine, fetched where it was not; ``part`` with it."""
         found = self._find(flight)
         with self.guard:
-            self.flights.parting.add(flight)
+            self.flights.parting[flight] = self.shelf.keep_files
         return found
 
     def part(self, flight: Flight[T], found: Held | InPlace, *, kept: bool) -> None:
@@ -106,7 +106,7 @@ class Fetcher(Generic[T]):
                 self.shelf.release(found)
         finally:
             with self.guard:
-                self.flights.parting.discard(flight)
+                self.flights.parting.pop(flight, None)
                 self.guard.notify()
 
     def _find(self, flight: Flight[T]) -> Held | InPlace:

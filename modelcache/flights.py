@@ -187,7 +187,7 @@ class Flights(Generic[T]):
         self.loaders = loaders
         self._retry_after = retry_after
         self.active: dict[str, Flight[T]] = {}
-        self.parting: set[Flight[T]] = set()  # with an artifact in hand, of which most let go once they have landed
+        self.parting: dict[Flight[T], bool] = {}  # with an artifact in hand, which an entry keeps (True) or lets go
         self.handles: weakref.WeakSet[Watcher] = weakref.WeakSet()  # all prefetches that somebody still looks at
         self.pressed: Callable[[], bool] = lambda: False  # whether a request waits for a thread
         self.closers: set[object] = set()  # identities of the threads that are closing the cache
@@ -293,7 +293,7 @@ class Flights(Generic[T]):
         """In a child: the parent's threads do not exist here, so neither do their flights."""
         for watcher in {*self.handles}.union(*(flight.watchers for flight in self.active.values())):
             watcher.reset_after_fork()
-        self.active, self.parting, self.closers = {}, set(), set()
+        self.active, self.parting, self.closers = {}, {}, set()
 
 
 def announce(flight: Flight[Any]) -> None:

@@ -79,11 +79,12 @@ class Trip(Generic[T]):
     def relieved(self) -> bool:
         """Whether somebody is about to let go of files.
 
-        A flight to disk that has just landed, a model whose unload runs on a thread that does not wait for this, or a
-        prefetch that waits for room in memory.
+        A flight that has just landed and keeps no files, a model whose unload runs on a thread that does not wait for
+        this, or a prefetch that waits for room in memory.
         """
-        landed = [flight for flight in self._flights.parting if flight.landed and flight.entry is None]
-        if any(flight.thread not in self.threads() for flight in landed):
+        landed = [(flight, kept) for flight, kept in self._flights.parting.items() if flight.landed]
+        parting = [flight for flight, kept in landed if flight.entry is None or not kept]
+        if any(flight.thread not in self.threads() for flight in parting):
             return True
         if any(entry.keeps is not None and entry.retirer not in self.threads() for entry in self._residents.leaving):
             return True

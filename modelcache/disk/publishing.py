@@ -234,9 +234,9 @@ class Publisher:
             book.add([(item.name, item.record, item.record.fetched)], State.PRESENT, None)
         self._agreed.learn(book)
         with self._guard:
-            others = [at for at in self._index.of(item.model) if at.name != item.name]
-            old = [at for at in others if at.fetched <= item.fetched]
-            if len(old) < len(others):  # another process was faster
+            old = [at for at in self._index.of(item.model) if at.name != item.name and at.fetched <= item.fetched]
+            served = self._index.models.get(item.model)
+            if served is not None and served.fetched > item.fetched:  # another process was faster
                 old.append(self._index.items.get(item.name, item))
         if not late:
             return self._remover.doom(book, old)

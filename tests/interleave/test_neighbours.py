@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from modelcache import DiskTier, Loaded, ModelCache, NoRoom
 from modelcache.policies import Resident
 from tests.support.fakes import DictSource, tar
-from tests.support.racing import Call, allocated, small_cache
+from tests.support.racing import Call, Model, allocated, load_model, small_cache
 from tests.support.waiting import Gate, eventually
 
 SIZE = 40_000
@@ -204,6 +205,46 @@ def test_request_of_a_callback_is_refused_at_once(tmp_path: Path) -> None:
         cache.on(Loaded, both)
         assert cache.prefetch(["a"]).wait(10)
         assert refused
+
+
+def test_files_that_a_load_lets_go_of_are_waited_for(tmp_path: Path) -> None:
+    """A load that keeps no files still has them while its callbacks run: they are about to be free."""
+    source = DictSource().add("a", "b", size=SIZE).add("c", size=4000)
+
+    def load(path: Path) -> Model:
+        model = load_model(path)
+        if model.name == "c":
+            with cache.lease("a"):
+                assert cache.get("b", timeout=20).name == "b"
+        return model
+
+    disk = {"budget": 106_000, "keep_files": False}
+    with small_cache(tmp_path, source, load, disk=disk, loaders=4) as cache, Gate() as gate:
+        cache.on(Loaded, lambda event: gate() if event.model == "a" else None)
+        prefetch = cache.prefetch(["a"])
+        gate.wait()
+        loading = Call(cache.get, "c", timeout=20)
+        eventually(lambda: lacking(cache, "b"))
+        gate.open()
+        assert loading.result(20).name == "c"
+        assert prefetch.wait(10)
+
+
+def test_version_from_the_future_that_is_on_its_way_out_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was fetched while the clock was wrong, and deleted while somebody reads it, is fetched once more."""
+    source, right = DictSource().add("a", size=SIZE), time.time
+    with small_cache(tmp_path, source) as one, small_cache(tmp_path, source) as two:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: right() + 3600)
+            one.prefetch(["a"], tier="disk").wait(10)
+        with two.lease("a"):
+            assert not one.delete("a")
+            for _ in range(2):
+                assert one.prefetch(["a"], tier="disk").wait(10)
+                assert [row.model for row in one.models()] == ["a"]
+        assert source.opens == ["a", "a"]
 
 
 def test_child_waits_for_no_flight_of_its_parent(tmp_path: Path) -> None:

@@ -229,12 +229,11 @@ class Agreement:
         """Set bytes aside for a staging; it knows at once, as the next transaction may tell of all stagings anew."""
         charged, owner, model = min(staging.charged, reserved), self._store.owner, staging.wish.model
         with self._guard:
-            asked = time.monotonic() if staging.wanted and staging.wish.urgent else 0.0
-        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, staging.wanted, asked))
-        with self._guard:
-            staging.asked = asked
+            staging.asked = time.monotonic() if staging.wanted and staging.wish.urgent else 0.0
             book.undo.append(functools.partial(staging.note, staging.reserved, staging.told))
             staging.note(reserved, charged)
+        wants = staging.wanted, staging.asked
+        book.hold(Hold(staging.id, owner, self._source, model, reserved, charged, *wants))
         self.count(book)
 
     def ask(self, book: Book, staging: Staging) -> None:

@@ -135,7 +135,7 @@ class Remover:
         self._agreed.mark(book, due, State.LEAVING)
         return due
 
-    def miss(self, book: Book, name: str) -> None:
+    def missing(self, book: Book, name: str) -> None:
         """Say that a folder is not there: it is gone, or somebody has moved it aside, who says when it is."""
         aside = self._store.workshop.aside(name)
         with self._guard:
@@ -190,7 +190,7 @@ class Remover:
             self._agreed.mark(book, [item for item in fates if fates[item] is fate], fate)
         book.gone(item.name for item in items if item not in outcome.kept and item not in outcome.missing)
         for item in outcome.missing:
-            self.miss(book, item.name)
+            self.missing(book, item.name)
         with self._guard:
             for item in items:
                 if item in outcome.kept:

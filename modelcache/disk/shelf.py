@@ -162,7 +162,7 @@ class Shelf:
     def _gone(self, book: Book, item: Item) -> None:
         self._agreed.learn(book)
         if item.state in {State.PRESENT, State.DOOMED}:  # else who removes it says when its bytes are gone
-            self._remover.miss(book, item.name)
+            self._remover.missing(book, item.name)
             self._agreed.learn(book)
 
     def release(self, held: Held) -> None:

@@ -248,9 +248,9 @@ class Store:
         self._listed = listed
         for hold in self.workshop.under_way() if self.writable else ():
             book.hold(hold)
-        if self.writable and self.changed():  # what was published between the two looks is in neither
-            late = sorted({*published(self.listed() or [])}.difference(names))
-            book.add(read_records(str(self._models), late), State.PRESENT, None)
+        now = self.listed() or [] if self.writable and self.changed() else []
+        if late := {*published(now)}.difference(names):  # what was published between the two looks is in neither
+            book.add(read_records(str(self._models), sorted(late)), State.PRESENT, None)
             self.made = None
 
     def taken(self, name: str) -> int:

@@ -59,6 +59,17 @@ def gated(monkeypatch: pytest.MonkeyPatch, cache: ModelCache[Any], step: str) ->
     return gate
 
 
+def damaged(folder: Path) -> DictSource:
+    """Leave a model whose record says nothing, and no ledger; return its source."""
+    source = DictSource().add("a", size=SIZE)
+    with small_cache(folder, source) as cache:
+        cache.prefetch(["a"], tier="disk").wait(10)
+    (record,) = (folder / "disk" / "models").glob(f"*/{RECORD}")
+    record.write_text("{}")
+    (folder / "disk" / "ledger.sqlite3").unlink()
+    return source
+
+
 def failing_once(monkeypatch: pytest.MonkeyPatch, cache: ModelCache[Any], error: BaseException, at: int = 1) -> None:
     """Have a transaction of a cache, the ``at``-th from now on, fail before it begins."""
     ledger, calls = cache.disk.store.ledger, list[int]()
@@ -296,12 +307,7 @@ def test_ledger_is_lost_while_a_change_is_written(tmp_path: Path, monkeypatch: p
 
 def test_what_a_start_clears_away_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders whose record is damaged, or of an older format, count until they are deleted."""
-    source = DictSource().add("a", size=SIZE)
-    with small_cache(tmp_path, source) as cache:
-        cache.prefetch(["a"], tier="disk").wait(10)
-    (record,) = (tmp_path / "disk" / "models").glob(f"*/{RECORD}")
-    record.write_text("{}")
-    (tmp_path / "disk" / "ledger.sqlite3").unlink()
+    source = damaged(tmp_path)
     gate, discard = Gate(), Store.discard
 
     def late(store: Store, folder: Path) -> bool:
@@ -486,12 +492,7 @@ def test_handler_forks_just_after_a_change(tmp_path: Path, monkeypatch: pytest.M
 
 def test_two_starts_clear_one_folder_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one, which finds it gone, leaves what the first one still deletes to that one."""
-    source = DictSource().add("a", size=SIZE)
-    with small_cache(tmp_path, source) as cache:
-        cache.prefetch(["a"], tier="disk").wait(10)
-    (record,) = (tmp_path / "disk" / "models").glob(f"*/{RECORD}")
-    record.write_text("{}")
-    (tmp_path / "disk" / "ledger.sqlite3").unlink()
+    source = damaged(tmp_path)
     reading, deleting, late = Gate(), Gate(), list[Store]()
     taken, discard = Store.taken, Store.discard
 

@@ -112,7 +112,7 @@ class DiskRoom:
                     pinned, decision.shortage.reason, decision.shortage.figures, staging.wish.model
                 )
             ):
-                self._wait(staging, amount, decision, tell=not behind)
+                self._wait(staging, amount, decision)
                 waits = self._index.others.sharing or self._index.moving()  # perhaps for one that has died since
                 swept = not waits or time.monotonic() < looked + RECHECK
 
@@ -188,8 +188,8 @@ class DiskRoom:
         pressed = self._index.pressed() or self._index.others.pressed
         return pressed and not staging.wish.urgent and not staging.wish.nested
 
-    def _wait(self, staging: Staging, amount: int, decision: _Decision, *, tell: bool) -> None:
-        """Wait for something to change; ``tell``: others are to know what it waits for.
+    def _wait(self, staging: Staging, amount: int, decision: _Decision) -> None:
+        """Wait for something to change.
 
         Raises:
             NoRoom: nothing will.
@@ -197,7 +197,9 @@ class DiskRoom:
             Contention: two fetches hold what the other needs.
         """
         wish, shortage = staging.wish, decision.shortage
-        if tell and staging.wanted != amount and (self._index.others.sharing or self._index.read_elsewhere()):
+        with self._guard:
+            behind = self._behind(staging)
+        if not behind and staging.wanted != amount and (self._index.others.sharing or self._index.read_elsewhere()):
             staging.wanted = amount  # or two processes would wait for one another
             self._agreed.change(lambda book: self._agreed.hold(book, staging, staging.reserved))
         with self._guard:
